@@ -1,0 +1,37 @@
+# Each target sets up what it needs in .venv: a fresh clone needs Python ≥ 3.10 and, for the kernels, a C++ compiler.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: bench test audit check lint format clean
+
+bench: $(INSTALLED)  ## our ops against their peers on this machine: tables, JSON and plots in bench-results/
+	$(BIN)/python -m pykernels bench $(if $(FULL),,--quick) --json bench-results/bench.json --plot bench-results
+
+test: $(INSTALLED)  ## everything; the interpreter's and the compiler's tests in processes of their own
+	$(BIN)/python -m pytest tests -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py -n 2 -k triton
+
+audit: $(INSTALLED)  ## compile every GPU kernel for every target and judge the result; needs no GPU
+	$(BIN)/python -m pykernels audit --json bench-results/audit.json
+
+check: $(INSTALLED)  ## every op on every backend against its fp64 reference
+	$(BIN)/python -m pykernels check
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(INSTALLED): requirements.txt setup.py pyproject.toml $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv build bench-results *.egg-info pykernels/*.so

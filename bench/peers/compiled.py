@@ -1,0 +1,19 @@
+"""torch.compile of the op's reference, for the shapes at hand. It serves every op; compiling is not timed."""
+
+import torch
+
+from pykernels.registry import OPS
+
+NAME = "torch.compile"
+SLOW_TO_START = True  # left out of --quick
+
+
+def missing() -> str | None:
+    return None
+
+
+def __getattr__(op: str):
+    if op not in OPS:
+        raise AttributeError(op)
+    torch.compiler.reset()  # else the number of shapes seen so far would turn this one dynamic, or eager
+    return torch.compile(OPS[op].reference, dynamic=False)

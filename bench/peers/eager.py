@@ -1,0 +1,15 @@
+"""Eager PyTorch: the op's own reference. It serves every op."""
+
+from pykernels.registry import OPS
+
+NAME = "eager"
+
+
+def missing() -> str | None:
+    return None
+
+
+def __getattr__(op: str):
+    if op not in OPS:
+        raise AttributeError(op)
+    return OPS[op].reference

@@ -1,0 +1,816 @@
+"""Exact attention in Triton: out = softmax(scale q kᵀ, capped, biased, masked) v, and its gradients.
+
+  forward   S = scale · q kᵀ;  S ← cap · tanh(S / cap);  S ← S + bias − slope · |p − j|;  masked S = −inf
+            lse = log Σ_j e^S;  out = Σ_j e^(S − lse) · keep/(1−p) · v_j
+  backward  Δ = rowsum(do ∘ o) − dlse;  P = e^(S − lse);  dP = (do vᵀ) · keep/(1−p);  dS = P ∘ (dP − Δ)
+            dv = (P · keep/(1−p))ᵀ do;  dbias = dS;  dslope = −Σ dS · |p − j|
+            dS ← dS · (1 − tanh²);  dq = scale · dS k;  dk = scale · dSᵀ q
+
+Query i has position p = i + offset and sees key j when p − left ≤ j ≤ p + right, j < length and the bias says so.
+
+  kernel      a program owns                      reads                              writes
+  _forward    BLOCK_M query rows of one head      q once; k, v over visible blocks   out, lse (of a split: partials)
+              (or of a whole group of heads, or a share of the keys, when queries are few)
+  _merge      BLOCK_M rows                        the splits' partials               out, lse
+  _grad_q     BLOCK_M query rows of one head      q, do, o once; k, v                dq, Δ, lse in base 2, dslope by row
+  _grad_kv    BLOCK_N key rows of one key head    k, v once; q, do of its group      dk, dv
+  _grad_bias  BLOCK_M × BLOCK_N of the bias       everything the tile is             dbias
+                                                  broadcast over
+
+Nothing is shared between programs and nothing is atomic, so results are the same from run to run. Each pass over the
+blocks has up to three loops: only the first and the last, where windows and ragged ends cut through tiles, pay for
+masks. Exponentials are base 2: log2 e is folded into the scale. Streamed tiles come through tensor descriptors where
+the hardware has them (sm_90 on): with pointers, the addresses alone cost the backward its registers.
+"""
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+MAX_HEAD_DIM = 256
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3e38)  # below every score, yet finite: subtracting it never makes a NaN
+
+
+# ---- where a program works -------------------------------------------------------------------------------------------
+
+@triton.jit
+def _edge(cu_ptr, t, S, total):
+    """First row of sequence t of a packed axis; t = 0 and S + 1 stand for the rows before and after all sequences."""
+    edge = tl.load(cu_ptr + t - 1, mask=(t >= 1) & (t <= S + 1), other=0)
+    edge = tl.minimum(tl.maximum(edge, 0), total).to(tl.int32)
+    return tl.where(t > S + 1, total, edge)
+
+
+@triton.jit
+def _locate(slot, own_cu_ptr, other_cu_ptr, S, steps, own, other, BLOCK: tl.constexpr):
+    """-> (block, first own row, own rows, first other row, other rows) of the slot-th block of the owned axis.
+
+    A packed axis gives sequence t the slots from ⌊start_t / BLOCK⌋ + t on, at least as many as it needs, so the host
+    knows neither lengths nor their maximum; the sequence is found by bisection.
+    """
+    if own_cu_ptr is None:
+        return slot, 0, own, 0, other
+    else:
+        t = slot * 0
+        top = S + 1
+        for _ in range(steps):
+            middle = (t + top + 1) // 2
+            before = _edge(own_cu_ptr, middle, S, own) // BLOCK + middle <= slot
+            t = tl.where(before, middle, t)
+            top = tl.where(before, top, middle - 1)
+        first = _edge(own_cu_ptr, t, S, own)
+        count = tl.maximum(_edge(own_cu_ptr, t + 1, S, own) - first, 0)
+        other_first = _edge(other_cu_ptr, t, S, other)
+        other_count = tl.maximum(_edge(other_cu_ptr, t + 1, S, other) - other_first, 0)
+        other_count = tl.where((t >= 1) & (t <= S), other_count, 0)
+        return slot - first // BLOCK - t, first, count, other_first, other_count
+
+
+@triton.jit
+def _tiles(first, last, count, before, after, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr):
+    """Edges of three loops in steps of BLOCK over 0..count, for owned positions first..last that each see
+    [position − before, position + after]: tiles cut at the near end, tiles that all see whole, the rest."""
+    low = 0
+    high = count
+    whole_low = 0
+    whole_high = count
+    if BEFORE:
+        low = tl.maximum(first - before, 0) // BLOCK * BLOCK
+        whole_low = (tl.maximum(last - before, 0) + BLOCK - 1) // BLOCK * BLOCK
+    if AFTER:
+        high = tl.minimum(count, last + after + 1)
+        whole_high = tl.minimum(count, first + after + 1)
+    high = tl.maximum(high, low)
+    whole_low = tl.minimum(whole_low, high)
+    whole_high = tl.maximum(tl.maximum(whole_high, 0) // BLOCK * BLOCK, whole_low)
+    return low, whole_low, whole_high, high
+
+
+@triton.jit
+def _length(lengths_ptr, b, N, M, ALIGN: tl.constexpr):
+    """-> (valid keys, position of query 0) of sequence b with N queries and M keys."""
+    if lengths_ptr is None:
+        return M, M - N
+    else:
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), M).to(tl.int32)
+        return length, (length if ALIGN else M) - N
+
+
+# ---- loads and stores ------------------------------------------------------------------------------------------------
+
+@triton.jit
+def _base(ptr, b, h, row, strides):
+    return (ptr + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+            + tl.cast(row, tl.int64) * strides[2])
+
+
+@triton.jit
+def _pointers(base, rows, stride, BLOCK_D: tl.constexpr):
+    """rows: [R] offsets in elements -> [R, BLOCK_D]"""
+    return base + (rows[:, None] + tl.arange(0, BLOCK_D).to(tl.int64)[None, :] * stride)
+
+
+@triton.jit
+def _inside(valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """valid: [R] or None (every row is) -> mask [R or 1, BLOCK_D or 1], None where nothing is to be masked"""
+    cols = tl.arange(0, BLOCK_D)[None, :] < D
+    if valid is None:
+        if D == BLOCK_D:
+            return None
+        else:
+            return cols
+    else:
+        if D == BLOCK_D:
+            return valid[:, None]
+        else:
+            return valid[:, None] & cols
+
+
+@triton.jit
+def _load(base, rows, valid, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[R, BLOCK_D], zero where not valid: beyond a length there may be anything, and 0 · NaN is NaN"""
+    mask = _inside(valid, D, BLOCK_D)
+    if mask is None:
+        return tl.load(_pointers(base, rows, stride, BLOCK_D))
+    else:
+        return tl.load(_pointers(base, rows, stride, BLOCK_D), mask=mask, other=0)
+
+
+@triton.jit
+def _stream(source, b, h, first, start, rows, valid, strides, D: tl.constexpr, BLOCK_D: tl.constexpr,
+            BULK: tl.constexpr, FOREIGN: tl.constexpr):
+    """Rows start.. of a head, counted from its row `first` -> [R, BLOCK_D], as _load gives them.
+
+    BULK: source is a tensor descriptor, whose loads hold no addresses in registers and are zero beyond the tensor;
+    FOREIGN: past the last valid row lies something else than the tensor's end.
+    """
+    if BULK:
+        tile = source.load([b.to(tl.int32), h.to(tl.int32), first + start, 0])
+        tile = tl.reshape(tile, (rows.shape[0], BLOCK_D))
+        if FOREIGN and valid is not None:
+            tile = tl.where(valid[:, None], tile, 0.0)
+        return tile
+    else:
+        return _load(_base(source, b, h, first, strides), rows.to(tl.int64) * strides[2], valid, strides[3], D, BLOCK_D)
+
+
+@triton.jit
+def _paged(source, h, j, valid, table_ptr, pages, strides, PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Keys j of a head through its block table's row -> [BLOCK_N, BLOCK_D]"""
+    if valid is None:
+        page = tl.load(table_ptr + j // PAGE)
+    else:
+        page = tl.load(table_ptr + j // PAGE, mask=valid, other=0)
+    page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
+    rows = page * strides[0] + (j % PAGE).to(tl.int64) * strides[2]
+    return _load(_base(source, 0, h, 0, strides), rows, valid, strides[3], D, BLOCK_D)
+
+
+@triton.jit
+def _store(base, rows, valid, stride, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    ptrs = _pointers(base, rows, stride, BLOCK_D)
+    tl.store(ptrs, tile.to(base.dtype.element_ty), mask=_inside(valid, D, BLOCK_D))
+
+
+@triton.jit
+def _load_bias(base, i, j, N, length, strides, MASKED: tl.constexpr):
+    """i, j: [BLOCK_M, 1], [1, BLOCK_N] or both transposed"""
+    mask = i < N
+    if MASKED:
+        mask = mask & (j < length)
+    return tl.load(base + i.to(tl.int64) * strides[2] + j.to(tl.int64) * strides[3], mask=mask, other=0)
+
+
+@triton.jit
+def _load_slope(slopes_ptr, b, h, strides):
+    if slopes_ptr is None:
+        return None
+    else:
+        return tl.load(slopes_ptr + b * strides[0] + h * strides[1])
+
+
+@triton.jit
+def _row_terms(lse_ptr, delta_ptr, i, valid):
+    """What _grad_q left of rows i: lse in base 2, Δ. An lse of +inf makes every P of the row 0."""
+    if valid is None:
+        return tl.load(lse_ptr + i), tl.load(delta_ptr + i)
+    else:
+        return tl.load(lse_ptr + i, mask=valid, other=float("inf")), tl.load(delta_ptr + i, mask=valid, other=0)
+
+
+# ---- tile mathematics; p, j: [BLOCK_M, 1] and [1, BLOCK_N], or, where keys are the rows, both transposed -------------
+
+@triton.jit
+def _dot(a, b, acc):
+    """Exact for fp32 as well: never TF32."""
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def _products(a, b, ACC: tl.constexpr):
+    """[R, D] · [C, D] -> a bᵀ: [R, C]"""
+    return tl.dot(a, tl.trans(b), input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def _tanh(x, EXACT: tl.constexpr):
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    t = (1 - e) / (1 + e)
+    t = tl.where(x < 0, -t, t)
+    if EXACT:  # 1 − e cancels near 0: there, the odd series up to x¹¹
+        z = x * x
+        series = ((((-1382 / 155925 * z + 62 / 2835) * z - 17 / 315) * z + 2 / 15) * z - 1 / 3) * z
+        t = tl.where(tl.abs(x) < 0.25, x + x * series, t)
+    return t
+
+
+@triton.jit
+def _scores(s, p, j, bias, slope, length, left, right, scale, softcap, SOFTCAP: tl.constexpr, LEFT: tl.constexpr,
+            RIGHT: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr):
+    """Products s = q·k -> (scores times log2 e, −inf where masked; derivative of the softcap)"""
+    slack = 1.0
+    if SOFTCAP:
+        t = _tanh(s * (scale / softcap), EXACT)
+        s = t * (softcap * LOG2E)
+        slack = 1 - t * t
+    else:
+        s = s * (scale * LOG2E)
+    if bias is not None:
+        if bias.dtype == tl.int1:
+            s = tl.where(bias, s, float("-inf"))
+        else:  # the dtype's lowest number, times log2 e, would be −inf and mask
+            bias = bias.to(s.dtype)
+            s += tl.where((bias < -1e38) & (bias > float("-inf")), -1e38, bias) * LOG2E
+    if slope is not None:
+        s -= slope * LOG2E * tl.abs(p - j).to(s.dtype)
+    if MASKED:
+        seen = j < length
+        if RIGHT:
+            seen = seen & (j <= p + right)
+        if LEFT:
+            seen = seen & (j >= p - left)
+        s = tl.where(seen, s, float("-inf"))
+    return s, slack
+
+
+@triton.jit
+def _keep(seed_ptr, i, start, row, threshold, BLOCK_N: tl.constexpr):
+    """Dropout's mask for query rows i: [BLOCK_M] and keys start..start + BLOCK_N (start % 4 = 0) of row b·H + h.
+    Philox gives four words to a counter: those of four neighbouring keys."""
+    quads = start // 4 + tl.arange(0, BLOCK_N // 4)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), quads[None, :], i[:, None], row, 0)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_M, BLOCK_N / 4, 2, 2]
+    return tl.reshape(words, (i.shape[0], BLOCK_N)) >= tl.cast(threshold, tl.uint32)
+
+
+@triton.jit
+def _grad_scores(s, dp, lse, delta, keep, inv_keep, bias, MASKED: tl.constexpr):
+    """Scores s and lse (base 2), dp = do·v -> (P as it met v, dS before the softcap)"""
+    prob = tl.exp2(s - lse)
+    if bias is not None:  # lse of a row of huge negative scores is rounded
+        prob = tl.where(prob > 1, 1.0, prob)
+    used = prob
+    if keep is not None:
+        dp = tl.where(keep, dp * inv_keep, 0.0)
+        used = tl.where(keep, prob * inv_keep, 0.0)
+    ds = prob * (dp - delta)
+    if MASKED or bias is not None:  # 0 · NaN would let a masked value through
+        ds = tl.where(s == float("-inf"), 0.0, ds)
+    return used, ds
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+# strides: (batch, head, row, column) in elements. N, M: rows of the query and key axes (packed: of all S sequences).
+# blocks: slots of the owned axis, see _locate. left, right, scale, softcap, threshold, inv_keep: as in the equations.
+
+@triton.jit
+def _forward(
+        q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, table_ptr, seed_ptr, out_ptr,
+        lse_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, out_strides,
+        H, GROUP, N, M, S, steps, blocks, splits, part, pages, left, right, scale, softcap, threshold, inv_keep,
+        D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr,
+        LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FLIP: tl.constexpr, ALIGN: tl.constexpr,
+        PACK: tl.constexpr, SPLIT: tl.constexpr, BULK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    FOREIGN: tl.constexpr = (lengths_ptr is not None) or (cu_k_ptr is not None)
+    SCORED: tl.constexpr = (bias_ptr is not None) or (slopes_ptr is not None) or SOFTCAP
+    pid = tl.program_id(0)
+    slot = pid % blocks
+    if RIGHT:
+        slot = blocks - 1 - slot  # the longest rows first
+    pid = pid // blocks
+    split = pid % splits
+    pid = pid // splits
+    heads = H // GROUP if PACK else H
+    b = pid // heads
+    h = pid % heads
+    hk = h if PACK else h // GROUP
+    block, q_first, n, k_first, m = _locate(slot, cu_q_ptr, cu_k_ptr, S, steps, N, M, BLOCK_M)
+    count = n * GROUP if PACK else n
+    if block * BLOCK_M >= count:
+        return
+    length, offset = _length(lengths_ptr, b, n, m, ALIGN)
+
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = rows < count
+    if PACK:  # tile row r is query r % n of the group's head r // n
+        i = rows % n
+        g = (rows // n).to(tl.int64)
+        h *= GROUP
+        first, last = offset, n - 1 + offset
+    else:
+        i = rows
+        g = tl.zeros_like(rows).to(tl.int64)
+        first = block * BLOCK_M + offset
+        last = tl.minimum(block * BLOCK_M + BLOCK_M, n) - 1 + offset
+    p = i + offset
+    q_rows = g * q_strides[1] + i.to(tl.int64) * q_strides[2]
+    q = _load(_base(q_ptr, b, h, q_first, q_strides), q_rows, valid, q_strides[3], D, BLOCK_D)  # [BLOCK_M, D]
+    if FLIP:  # so that scale > 0 and the largest product gives the largest score
+        q = -q
+    if table_ptr is not None:
+        table_ptr += b.to(tl.int64) * (M // PAGE)
+    if bias_ptr is not None:
+        bias_ptr = _base(bias_ptr, b, h, 0, bias_strides)
+    slope = _load_slope(slopes_ptr, b, h, slopes_strides)
+
+    edges = _tiles(first, last, length, left, right, LEFT, RIGHT, BLOCK_N)
+    if SPLIT:  # this split's share of the visible blocks
+        share = tl.cdiv(tl.cdiv(edges[3] - edges[0], BLOCK_N), splits) * BLOCK_N
+        low = tl.minimum(edges[0] + split * share, edges[3])
+        high = tl.minimum(low + share, edges[3])
+        whole_low = tl.minimum(tl.maximum(edges[1], low), high)
+        edges = (low, whole_low, tl.minimum(tl.maximum(edges[2], low), high), high)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
+    total = tl.zeros((BLOCK_M,), ACC)
+    top = tl.full((BLOCK_M,), LOWEST, ACC)
+    for phase in tl.static_range(0 if LEFT else 1, 3):
+        for start in tl.range(edges[phase], edges[phase + 1], BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)
+            seen = j < length if phase != 1 else None
+            if table_ptr is None:
+                k = _stream(k_ptr, b, hk, k_first, start, j, seen, k_strides, D, BLOCK_D, BULK, FOREIGN)
+            else:
+                k = _paged(k_ptr, hk, j, seen, table_ptr, pages, k_strides, PAGE, D, BLOCK_D)
+            s = _products(q, k, ACC)  # [BLOCK_M, BLOCK_N]
+            if SCORED or phase != 1:
+                bias = None
+                if bias_ptr is not None:
+                    bias = _load_bias(bias_ptr, i[:, None], j[None, :], n, length, bias_strides, phase != 1)
+                s, _ = _scores(s, p[:, None], j[None, :], bias, slope, length, left, right, scale, softcap,
+                               SOFTCAP, LEFT, RIGHT, EXACT, phase != 1)
+                new_top = tl.maximum(top, tl.max(s, 1))
+                prob = tl.exp2(s - new_top[:, None])
+            else:  # scaling joins the subtraction in one multiply-add
+                new_top = tl.maximum(top, tl.max(s, 1) * (scale * LOG2E))
+                prob = tl.exp2(s * (scale * LOG2E) - new_top[:, None])
+            decay = tl.exp2(top - new_top)
+            total = total * decay + tl.sum(prob, 1)
+            if seed_ptr is not None:
+                prob = tl.where(_keep(seed_ptr, i, start, b * H + h, threshold, BLOCK_N), prob, 0.0)
+            if table_ptr is None:
+                v = _stream(v_ptr, b, hk, k_first, start, j, seen, v_strides, DV, BLOCK_DV, BULK, FOREIGN)
+            else:
+                v = _paged(v_ptr, hk, j, seen, table_ptr, pages, v_strides, PAGE, DV, BLOCK_DV)
+            acc = _dot(prob.to(v.dtype), v, acc * decay[:, None])  # [BLOCK_M, DV]
+            top = new_top
+
+    dead = total == 0  # no key seen: exactly, since the largest score adds 1
+    acc = tl.where(dead[:, None], 0.0, acc * (inv_keep / tl.where(dead, 1.0, total))[:, None])
+    lse = tl.where(dead, float("-inf"), top * LN2 + tl.log(tl.where(dead, 1.0, total)))
+    if SPLIT:
+        out_ptr += tl.cast(split, tl.int64) * part * DV
+        lse_ptr += tl.cast(split, tl.int64) * part
+    out_rows = g * out_strides[1] + i.to(tl.int64) * out_strides[2]
+    _store(_base(out_ptr, b, h, q_first, out_strides), out_rows, valid, out_strides[3], acc, DV, BLOCK_DV)
+    tl.store(lse_ptr + (b.to(tl.int64) * H + h) * N + q_first + g * N + i, lse, mask=valid)
+
+
+@triton.jit
+def _merge(part_ptr, part_lse_ptr, out_ptr, lse_ptr, out_strides, H, N, count, splits,
+           DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):
+    """out = Σ_s e^(lse_s − lse) out_s over partials [splits, count = B·H·N, DV], lse = log Σ_s e^lse_s"""
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = rows < count
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
+    total = tl.zeros((BLOCK_M,), ACC)
+    top = tl.full((BLOCK_M,), LOWEST, ACC)
+    for split in range(splits):
+        at = tl.cast(split, tl.int64) * count + rows
+        lse = tl.load(part_lse_ptr + at, mask=valid, other=float("-inf"))
+        part = _load(part_ptr, at * DV, valid, 1, DV, BLOCK_DV)  # [BLOCK_M, DV]
+        new_top = tl.maximum(top, lse)
+        decay = tl.exp(top - new_top)
+        weight = tl.exp(lse - new_top)
+        acc = acc * decay[:, None] + part * weight[:, None]
+        total = total * decay + weight
+        top = new_top
+    dead = total == 0
+    acc = acc / tl.where(dead, 1.0, total)[:, None]
+    out_rows = rows // N // H * out_strides[0] + rows // N % H * out_strides[1] + rows % N * out_strides[2]
+    _store(out_ptr, out_rows, valid, out_strides[3], acc, DV, BLOCK_DV)
+    tl.store(lse_ptr + rows, tl.where(dead, float("-inf"), top + tl.log(tl.where(dead, 1.0, total))), mask=valid)
+
+
+@triton.jit
+def _grad_q(
+        q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, do_ptr, out_ptr, lse_ptr,
+        dlse_ptr, dq_ptr, lse2_ptr, delta_ptr, dslope_ptr, q_strides, k_strides, v_strides, bias_strides,
+        slopes_strides, do_strides, out_strides, dlse_strides, dq_strides,
+        H, GROUP, N, M, S, steps, blocks, left, right, scale, softcap, threshold, inv_keep,
+        D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
+        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BULK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    FOREIGN: tl.constexpr = (lengths_ptr is not None) or (cu_k_ptr is not None)
+    pid = tl.program_id(0)
+    slot = pid % blocks
+    if RIGHT:
+        slot = blocks - 1 - slot
+    b = pid // blocks // H
+    h = pid // blocks % H
+    hk = h // GROUP
+    block, q_first, n, k_first, m = _locate(slot, cu_q_ptr, cu_k_ptr, S, steps, N, M, BLOCK_M)
+    if block * BLOCK_M >= n:
+        return
+    length, offset = _length(lengths_ptr, b, n, m, False)
+
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    p = i + offset
+    valid = i < n
+    wide = i.to(tl.int64)
+    row = (b.to(tl.int64) * H + h) * N + q_first
+    do = _load(_base(do_ptr, b, h, q_first, do_strides), wide * do_strides[2], valid, do_strides[3], DV, BLOCK_DV)
+    out = _load(_base(out_ptr, b, h, q_first, out_strides), wide * out_strides[2], valid, out_strides[3], DV, BLOCK_DV)
+    lse = tl.load(lse_ptr + row + i, mask=valid, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # so P = 0 in fully masked and absent rows
+    delta = tl.sum(do.to(ACC) * out.to(ACC), 1)  # [BLOCK_M]
+    if dlse_ptr is not None:
+        delta -= tl.load(_base(dlse_ptr, b, h, q_first, dlse_strides) + wide * dlse_strides[2], mask=valid, other=0)
+    delta = tl.where(lse == float("inf"), 0.0, delta)
+    tl.store(lse2_ptr + row + i, lse, mask=valid)
+    tl.store(delta_ptr + row + i, delta, mask=valid)
+    q = _load(_base(q_ptr, b, h, q_first, q_strides), wide * q_strides[2], valid, q_strides[3], D, BLOCK_D)
+    if bias_ptr is not None:
+        bias_ptr = _base(bias_ptr, b, h, 0, bias_strides)
+    slope = _load_slope(slopes_ptr, b, h, slopes_strides)
+
+    first = block * BLOCK_M + offset
+    last = tl.minimum(block * BLOCK_M + BLOCK_M, n) - 1 + offset
+    edges = _tiles(first, last, length, left, right, LEFT, RIGHT, BLOCK_N)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    dslope = tl.zeros((BLOCK_M,), ACC)
+    for phase in tl.static_range(0 if LEFT else 1, 3):
+        for start in tl.range(edges[phase], edges[phase + 1], BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)
+            seen = j < length if phase != 1 else None
+            k = _stream(k_ptr, b, hk, k_first, start, j, seen, k_strides, D, BLOCK_D, BULK, FOREIGN)
+            v = _stream(v_ptr, b, hk, k_first, start, j, seen, v_strides, DV, BLOCK_DV, BULK, FOREIGN)
+            s = _products(q, k, ACC)  # [BLOCK_M, BLOCK_N]
+            dp = _products(do, v, ACC)  # [BLOCK_M, BLOCK_N]
+            bias = None
+            if bias_ptr is not None:
+                bias = _load_bias(bias_ptr, i[:, None], j[None, :], n, length, bias_strides, phase != 1)
+            s, slack = _scores(s, p[:, None], j[None, :], bias, slope, length, left, right, scale, softcap,
+                               SOFTCAP, LEFT, RIGHT, EXACT, phase != 1)
+            keep = None
+            if seed_ptr is not None:
+                keep = _keep(seed_ptr, i, start, b * H + h, threshold, BLOCK_N)
+            _, ds = _grad_scores(s, dp, lse[:, None], delta[:, None], keep, inv_keep, bias, phase != 1)
+            if dslope_ptr is not None:
+                dslope -= tl.sum(ds * tl.abs(p[:, None] - j[None, :]).to(ACC), 1)
+            if SOFTCAP:
+                ds = ds * slack
+            dq = _dot(ds.to(k.dtype), k, dq)  # [BLOCK_M, D]
+
+    _store(_base(dq_ptr, b, h, q_first, dq_strides), wide * dq_strides[2], valid, dq_strides[3], dq * scale, D, BLOCK_D)
+    if dslope_ptr is not None:
+        tl.store(dslope_ptr + row + i, dslope, mask=valid)
+
+
+@triton.jit
+def _grad_kv(
+        q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, do_ptr, lse2_ptr,
+        delta_ptr, dk_ptr, dv_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides,
+        dk_strides, dv_strides, H, GROUP, N, M, S, steps, blocks, left, right, scale, softcap, threshold, inv_keep,
+        D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
+        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BULK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    ACC: tl.constexpr = lse2_ptr.dtype.element_ty
+    EXACT: tl.constexpr = k_ptr.dtype.element_ty == tl.float32
+    FOREIGN: tl.constexpr = cu_q_ptr is not None
+    pid = tl.program_id(0)
+    heads = H // GROUP
+    b = pid // blocks // heads
+    hk = pid // blocks % heads
+    block, k_first, m, q_first, n = _locate(pid % blocks, cu_k_ptr, cu_q_ptr, S, steps, M, N, BLOCK_N)
+    if block * BLOCK_N >= m:
+        return
+    length, offset = _length(lengths_ptr, b, n, m, False)
+
+    j = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    wide = j.to(tl.int64)
+    k = _load(_base(k_ptr, b, hk, k_first, k_strides), wide * k_strides[2], j < length, k_strides[3], D, BLOCK_D)
+    v = _load(_base(v_ptr, b, hk, k_first, v_strides), wide * v_strides[2], j < length, v_strides[3], DV, BLOCK_DV)
+
+    # The queries that see these keys: the windows change places. Keys beyond the length are seen by none,
+    # so a block that holds some masks all of its tiles.
+    first = block * BLOCK_N - offset
+    last = tl.minimum(block * BLOCK_N + BLOCK_N, length) - 1 - offset
+    count = tl.where(block * BLOCK_N < length, n, 0)
+    low, whole_low, whole_high, high = _tiles(first, last, count, right, left, RIGHT, LEFT, BLOCK_M)
+    whole_high = tl.where(block * BLOCK_N + BLOCK_N <= length, whole_high, whole_low)
+    edges = (low, whole_low, whole_high, high)
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    dv = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
+    for g in range(GROUP):
+        h = hk * GROUP + g
+        row = (b.to(tl.int64) * H + h) * N + q_first
+        slope = _load_slope(slopes_ptr, b, h, slopes_strides)
+        for phase in tl.static_range(0 if RIGHT else 1, 3):
+            for start in tl.range(edges[phase], edges[phase + 1], BLOCK_M):
+                i = start + tl.arange(0, BLOCK_M)
+                p = i + offset
+                valid = i < n if phase != 1 else None
+                q = _stream(q_ptr, b, h, q_first, start, i, valid, q_strides, D, BLOCK_D, BULK, FOREIGN)
+                do = _stream(do_ptr, b, h, q_first, start, i, valid, do_strides, DV, BLOCK_DV, BULK, FOREIGN)
+                lse, delta = _row_terms(lse2_ptr + row, delta_ptr + row, i, valid)  # [BLOCK_M]
+                s = _products(k, q, ACC)  # [BLOCK_N, BLOCK_M]
+                dp = _products(v, do, ACC)  # [BLOCK_N, BLOCK_M]
+                bias = None
+                if bias_ptr is not None:
+                    bias_base = _base(bias_ptr, b, h, 0, bias_strides)
+                    bias = _load_bias(bias_base, i[None, :], j[:, None], n, length, bias_strides, phase != 1)
+                s, slack = _scores(s, p[None, :], j[:, None], bias, slope, length, left, right, scale, softcap,
+                                   SOFTCAP, LEFT, RIGHT, EXACT, phase != 1)
+                keep = None
+                if seed_ptr is not None:
+                    keep = tl.trans(_keep(seed_ptr, i, block * BLOCK_N, b * H + h, threshold, BLOCK_N))
+                used, ds = _grad_scores(s, dp, lse[None, :], delta[None, :], keep, inv_keep, bias, phase != 1)
+                dv = _dot(used.to(do.dtype), do, dv)  # [BLOCK_N, DV]
+                if SOFTCAP:
+                    ds = ds * slack
+                dk = _dot(ds.to(q.dtype), q, dk)  # [BLOCK_N, D]
+
+    valid = j < m
+    dk = dk * scale
+    _store(_base(dk_ptr, b, hk, k_first, dk_strides), wide * dk_strides[2], valid, dk_strides[3], dk, D, BLOCK_D)
+    _store(_base(dv_ptr, b, hk, k_first, dv_strides), wide * dv_strides[2], valid, dv_strides[3], dv, DV, BLOCK_DV)
+
+
+@triton.jit
+def _grad_bias(
+        q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, seed_ptr, do_ptr, lse2_ptr, delta_ptr, dbias_ptr,
+        q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides, dbias_strides,
+        B, H, GROUP, N, M, left, right, scale, softcap, threshold, inv_keep, bias_B, bias_H,
+        D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
+        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ONE_N: tl.constexpr, ONE_M: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr):
+    """ONE_N, ONE_M: the bias has one row, one column."""
+    ACC: tl.constexpr = lse2_ptr.dtype.element_ty
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    row_tiles = tl.cdiv(N, BLOCK_M)
+    col_tiles = tl.cdiv(M, BLOCK_N)
+    rows, row_turns = (1, row_tiles) if ONE_N else (row_tiles, 1)  # tiles of the bias, and how often each repeats
+    cols, col_turns = (1, col_tiles) if ONE_M else (col_tiles, 1)
+    head_turns = H // bias_H
+    pid = tl.program_id(0)
+    own_col = pid % cols
+    own_row = pid // cols % rows
+    own_h = pid // cols // rows % bias_H
+    own_b = pid // cols // rows // bias_H
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for turn in range((B // bias_B) * head_turns * row_turns * col_turns):
+        start_j = (own_col + turn % col_turns) * BLOCK_N
+        start_i = (own_row + turn // col_turns % row_turns) * BLOCK_M
+        h = own_h + turn // (col_turns * row_turns) % head_turns
+        b = own_b + turn // (col_turns * row_turns * head_turns)
+        hk = h // GROUP
+        length, offset = _length(lengths_ptr, b, N, M, False)
+        i = start_i + tl.arange(0, BLOCK_M)
+        j = start_j + tl.arange(0, BLOCK_N)
+        p = i + offset
+        wide_i = i.to(tl.int64)
+        wide_j = j.to(tl.int64)
+        row = (b.to(tl.int64) * H + h) * N
+        lse, delta = _row_terms(lse2_ptr + row, delta_ptr + row, i, i < N)
+        q = _load(_base(q_ptr, b, h, 0, q_strides), wide_i * q_strides[2], i < N, q_strides[3], D, BLOCK_D)
+        do = _load(_base(do_ptr, b, h, 0, do_strides), wide_i * do_strides[2], i < N, do_strides[3], DV, BLOCK_DV)
+        k = _load(_base(k_ptr, b, hk, 0, k_strides), wide_j * k_strides[2], j < length, k_strides[3], D, BLOCK_D)
+        v = _load(_base(v_ptr, b, hk, 0, v_strides), wide_j * v_strides[2], j < length, v_strides[3], DV, BLOCK_DV)
+        s = _products(q, k, ACC)  # [BLOCK_M, BLOCK_N]
+        dp = _products(do, v, ACC)  # [BLOCK_M, BLOCK_N]
+        bias_base = _base(bias_ptr, b, h, 0, bias_strides)
+        bias = _load_bias(bias_base, i[:, None], j[None, :], N, length, bias_strides, True)
+        s, _ = _scores(s, p[:, None], j[None, :], bias, _load_slope(slopes_ptr, b, h, slopes_strides), length, left,
+                       right, scale, softcap, SOFTCAP, LEFT, RIGHT, EXACT, True)
+        keep = None
+        if seed_ptr is not None:
+            keep = _keep(seed_ptr, i, start_j, b * H + h, threshold, BLOCK_N)
+        _, ds = _grad_scores(s, dp, lse[:, None], delta[:, None], keep, inv_keep, bias, True)
+        acc += ds
+
+    # Rows beyond N and keys beyond the length added exact zeros (lse = +inf, s = −inf), so sums need no mask.
+    if ONE_N:
+        acc = tl.sum(acc, 0, keep_dims=True)
+    if ONE_M:
+        acc = tl.sum(acc, 1, keep_dims=True)
+    i = own_row * BLOCK_M + tl.arange(0, 1 if ONE_N else BLOCK_M)
+    j = own_col * BLOCK_N + tl.arange(0, 1 if ONE_M else BLOCK_N)
+    ptrs = (_base(dbias_ptr, own_b, own_h, 0, dbias_strides)
+            + i.to(tl.int64)[:, None] * dbias_strides[2] + j.to(tl.int64)[None, :] * dbias_strides[3])
+    mask = (i < (1 if ONE_N else N))[:, None] & (j < (1 if ONE_M else M))[None, :]
+    tl.store(ptrs, acc.to(dbias_ptr.dtype.element_ty), mask=mask)
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
+
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
+                   "gfx90a": 104, "gfx942": 304, "gfx950": 256}
+BULK_TARGETS = {"sm_90", "sm_100", "sm_120", "interpreter"}
+
+# {kernel: {bytes per element: {bucket of max(D, Dv): (BLOCK_M, BLOCK_N, num_warps, num_stages)}}}
+CONFIGS = {
+    "forward": {2: {64: (64, 128, 4, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
+                4: {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}},
+    "decode": {2: {64: (16, 64, 4, 2), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)},
+               4: {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 32, 8, 1)}},
+    "grad_q": {2: {64: (64, 64, 4, 2), 128: (64, 64, 4, 1), 256: (64, 32, 8, 1)},
+               4: {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 8, 1)}},
+    "grad_kv": {2: {64: (64, 64, 4, 2), 128: (64, 64, 8, 1), 256: (32, 64, 8, 1)},
+                4: {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)}},
+    "grad_bias": {2: {64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
+                  4: {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 8, 1)}},
+}
+
+
+def _target():
+    if INTERPRETED:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else target.arch.split(":")[0]
+
+
+def _config(kernel, query, value):
+    """-> (BLOCK_M, BLOCK_N), launch options"""
+    if INTERPRETED:  # any size is right there: small ones meet more edges on small inputs
+        return (16, 16), {}
+    dim = max(query.shape[3], value.shape[3])
+    bucket = 64 if dim <= 64 else 128 if dim <= 128 else 256
+    *blocks, warps, stages = CONFIGS[kernel][query.dtype.itemsize][bucket]
+    return tuple(blocks), {"num_warps": warps, "num_stages": stages}
+
+
+def _padded(dim):
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _broadcast(tensor):
+    """Strides with 0 for dimensions of size 1"""
+    return () if tensor is None else tuple(0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride()))
+
+
+def _bulk(rows, *tensors):
+    """-> (the tensors, as descriptors of [rows, D] tiles where target and layouts allow it; whether they do)"""
+    def strides(t):
+        return [16 if n == 1 else s for n, s in zip(t.shape[:3], t.stride())]
+
+    bulk = _target() in BULK_TARGETS and all(
+        t.stride(3) == 1 and t.data_ptr() % 16 == 0 and t.numel() > 0
+        and all(s > 0 and s * t.dtype.itemsize % 16 == 0 for s in strides(t)) for t in tensors)
+    if not bulk:
+        return (*tensors, False)
+    return (*(TensorDescriptor(t, list(t.shape), [*strides(t), 1], [1, 1, rows, _padded(t.shape[3])])
+              for t in tensors), True)
+
+
+def _plan(query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed):
+    """-> (pack heads of a group into one tile?, splits of the keys, blocks, options) of the forward pass"""
+    B, H, N, _ = query.shape
+    Hk, M = key.shape[1], key.shape[2]
+    if block_table is not None:
+        M *= block_table.shape[1]
+    few = N <= 64 and cu_seqlens_q is None
+    (block_m, block_n), options = _config("decode" if few else "forward", query, value)
+    if not few or not H:
+        return False, 1, (block_m, block_n), options
+    pack = Hk < H and bias is None and alibi_slopes is None and seed is None
+    rows, heads = (N * H // Hk, Hk) if pack else (N, H)
+    block_m = min(64, max(block_m, triton.next_power_of_2(rows)))
+    programs = B * heads * triton.cdiv(rows, block_m)
+    wanted = triton.cdiv(2 * MULTIPROCESSORS.get(_target(), 4), max(programs, 1))
+    return pack, max(1, min(wanted, M // (4 * block_n))), (block_m, block_n), options
+
+
+def scratch_size(query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed):
+    """Elements (of lse's dtype) that `forward` needs in `scratch`; 0 when the keys are not split."""
+    splits = _plan(query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed)[1]
+    B, H, N, _ = query.shape
+    return splits * B * H * N * (value.shape[3] + 1) if splits > 1 else 0
+
+
+def _packed(rows, block, cu_seqlens):
+    """-> (S, bisection steps, slots of an axis of `rows` rows), see _locate"""
+    if cu_seqlens is None:
+        return 0, 0, triton.cdiv(rows, block)
+    edges = cu_seqlens.shape[0]
+    return edges - 1, edges.bit_length(), rows // block + edges + 1
+
+
+def _masks(query, keys, window_left, window_right, dropout_p):
+    """-> (left, right), (threshold, inv_keep), (LEFT, RIGHT)"""
+    reach = query.shape[2] + keys  # as good as any larger window, and p + right cannot overflow
+    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+    inv_keep = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+    windows = min(window_left, reach), min(window_right, reach)
+    return windows, (threshold, inv_keep), (window_left >= 0, window_right >= 0)
+
+
+def forward(query, key, value, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, block_table, seed,
+            window_left, window_right, align_lengths, scale, softcap, dropout_p, out, lse, scratch=None):
+    """Writes out: [B,H,N,Dv] (any strides) and lse: [B,H,N] contiguous, every element of them.
+
+    query [B,H,N,D], key [B,Hk,M,D], value [B,Hk,M,Dv] (pages [P,Hk,page,·] with block_table [B,pages], contiguous), any
+    strides. bias: rank 4, each dimension 1 or full, bool or float. alibi_slopes [B or 1,H]; key_lengths [B] int64,
+    cu_seqlens [S+1] int64 and seed (int64, one element) contiguous; all optional. scratch: `scratch_size(...)`
+    elements of lse's dtype.
+    """
+    B, H, N, D = query.shape
+    Hk, M, DV = key.shape[1], key.shape[2], value.shape[3]
+    page, pages = 1, 0
+    if block_table is not None:
+        page, pages = M, key.shape[0]
+        M *= block_table.shape[1]
+    if B * H * N == 0:
+        return
+    pack, splits, (block_m, block_n), options = _plan(
+        query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed)
+    group = H // Hk
+    S, steps, blocks = _packed(N * group if pack else N, block_m, cu_seqlens_q)
+    windows, dropout, sides = _masks(query, M, window_left, window_right, dropout_p)
+    part, part_lse, part_strides = out, lse, out.stride()
+    if splits > 1:
+        part, part_lse, part_strides = scratch, scratch[splits * B * H * N * DV:], (H * N * DV, N * DV, DV, 1)
+    k, v, bulk = (key, value, False) if block_table is not None else _bulk(block_n, key, value)
+    _forward[(blocks * splits * B * (Hk if pack else H),)](
+        query, k, v, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, block_table, seed, part, part_lse,
+        query.stride(), key.stride(), value.stride(), _broadcast(bias), _broadcast(alibi_slopes), part_strides,
+        H, group, N, M, S, steps, blocks, splits, B * H * N, pages, *windows, abs(scale), softcap, *dropout,
+        D, DV, _padded(D), _padded(DV), page, *sides, softcap > 0, scale < 0, align_lengths, pack, splits > 1, bulk,
+        block_m, block_n, **options)
+    if splits > 1:
+        _merge[(triton.cdiv(B * H * N, 16),)](
+            part, part_lse, out, lse, out.stride(), H, N, B * H * N, splits, DV, _padded(DV), 16)
+
+
+def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes, key_lengths, cu_seqlens_q,
+             cu_seqlens_k, seed, window_left, window_right, scale, softcap, dropout_p, grad_query, grad_key, grad_value,
+             grad_bias, grad_slopes, scratch):
+    """Writes grad_query, grad_key, grad_value (shapes of their namesakes, any strides), every element of them.
+
+    grad_lse: [B,H,N], any strides, or None. grad_bias: the bias's own shape and dtype, or None when not wanted.
+    grad_slopes: the slopes' gradient by query row, [B,H,N] contiguous of lse's dtype, to be summed over N (and over B
+    for slopes [1,H]) by the caller, or None. scratch: [2,B,H,N] contiguous of lse's dtype. The rest as in `forward`.
+    """
+    B, H, N, D = query.shape
+    Hk, M, DV = key.shape[1], key.shape[2], value.shape[3]
+    group = H // Hk if Hk else 1
+    lse2, delta = scratch
+    windows, dropout, sides = _masks(query, M, window_left, window_right, dropout_p)
+    extras = bias, alibi_slopes, key_lengths
+    strides = (query.stride(), key.stride(), value.stride(), _broadcast(bias), _broadcast(alibi_slopes),
+               grad_out.stride())
+    scalars = *windows, scale, softcap, *dropout
+    constants = D, DV, _padded(D), _padded(DV), *sides, softcap > 0
+    if B * H * N:
+        (block_m, block_n), options = _config("grad_q", query, value)
+        S, steps, blocks = _packed(N, block_m, cu_seqlens_q)
+        k, v, bulk = _bulk(block_n, key, value)
+        _grad_q[(blocks * B * H,)](
+            query, k, v, *extras, cu_seqlens_q, cu_seqlens_k, seed, grad_out, out, lse, grad_lse, grad_query, lse2,
+            delta, grad_slopes, *strides, out.stride(), () if grad_lse is None else grad_lse.stride(),
+            grad_query.stride(), H, group, N, M, S, steps, blocks, *scalars, *constants, bulk, block_m, block_n,
+            **options)
+    if B * Hk * M:
+        (block_m, block_n), options = _config("grad_kv", query, value)
+        S, steps, blocks = _packed(M, block_n, cu_seqlens_k)
+        q, do, bulk = _bulk(block_m, query, grad_out)
+        _grad_kv[(blocks * B * Hk,)](
+            q, key, value, *extras, cu_seqlens_q, cu_seqlens_k, seed, do, lse2, delta, grad_key, grad_value,
+            *strides, grad_key.stride(), grad_value.stride(),
+            H, group, N, M, S, steps, blocks, *scalars, *constants, bulk, block_m, block_n, **options)
+    if grad_bias is not None and grad_bias.numel():
+        (block_m, block_n), options = _config("grad_bias", query, value)
+        bias_B, bias_H, bias_N, bias_M = bias.shape
+        one_n, one_m = bias_N == 1, bias_M == 1
+        tiles = (1 if one_n else triton.cdiv(N, block_m)) * (1 if one_m else triton.cdiv(M, block_n))
+        _grad_bias[(tiles * bias_B * bias_H,)](
+            query, key, value, *extras, seed, grad_out, lse2, delta, grad_bias, *strides, grad_bias.stride(),
+            B, H, group, N, M, *scalars, bias_B, bias_H, *constants, one_n, one_m, block_m, block_n, **options)

@@ -1,0 +1,258 @@
+"""One kernel under the lens: compile it, find its hot loop, and say what is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import ir
+from .disassembly import Counts, Listing, count, loops, parse_gcn, sass
+from .model import GPUS, KIB, Gpu, estimate, resident_warps
+from .recorder import Launch
+
+WIDE = 8  # bytes a lane that a load in a loop should have
+TENSOR_MEMORY = 512  # columns of a multiprocessor on sm_100
+CHECKS = ("compile", "spill", "shared memory", "tensor cores", "narrow load", "async copy")
+
+
+_OWN_SOURCE = [file.read_text() for file in sorted(pathlib.Path(__file__).parent.glob("*.py"))]
+
+
+@dataclass
+class Row:
+    """One kernel, target and configuration. Counts are of one pass of the hot loop, or of the kernel if it has none."""
+
+    op: str
+    kernel: str
+    target: str
+    gpu: str
+    dtype: str
+    settings: dict[str, Any]
+    inputs: list[str]
+    warps: int = 0
+    stages: int = 0
+    registers: int = 0
+    spilled: int = 0  # bytes a thread, stored
+    stack: int = 0  # bytes a thread
+    shared: int = 0  # bytes a block
+    shared_limit: int = 0
+    occupancy: float = 0.0  # resident warps over the most there can be
+    dots: list[str] = field(default_factory=list)  # operand dtype and precision of the source's dots
+    loops: int = 0
+    in_loop: bool = False
+    slots: int = 0
+    mufu: int = 0
+    barriers: int = 0
+    tensor: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    copies: int = 0  # asynchronous
+    flops: float = 0.0  # of a block: tensor cores', or multiply-adds'
+    bytes: float = 0.0  # of a block: global loads and stores
+    local_bytes: float = 0.0  # of a block: spills and stack
+    in_flight: float = 0.0  # bytes that a multiprocessor has requested if every warp runs one pass ahead
+    slots_per_kflop: float | None = None  # warp instructions
+    slots_per_kilobyte: float | None = None
+    clocks: dict[str, float] = field(default_factory=dict)
+    limit: str = ""
+    share: float = 0.0  # of the peak, if all units overlap
+    serial: float = 0.0  # if none do
+    failures: list[tuple[str, str]] = field(default_factory=list)  # (check, what is wrong)
+    excused: list[tuple[str, str, str]] = field(default_factory=list)  # … and the kernel's reason why it may be
+
+
+def inspect(launch: Launch) -> Row:
+    """Compiles a launch and audits the code; what fails to compile is a row with that failure."""
+    from triton.runtime.cache import get_cache_manager
+
+    gpu, row = GPUS[launch.target], blank(launch)
+    try:
+        compiled = launch.compile()
+        key = f"{compiled.hash} {launch.intensity} {_OWN_SOURCE}"  # disassembling takes longer than Triton's cache hit
+        cache, name = get_cache_manager(hashlib.sha256(key.encode()).hexdigest()), "audit.json"
+        if stored := cache.get_file(name):
+            measured = json.loads(pathlib.Path(stored).read_text())
+        else:
+            listing, facts = _facts(compiled, gpu)
+            measured = _measure(listing, facts, gpu, launch.intensity)
+            cache.put(json.dumps(measured), name, binary=False)
+    except Exception:
+        row.failures.append(("compile", traceback.format_exc(limit=0).strip()))
+        return row
+    row = dataclasses.replace(row, **measured)
+    _excuse(row, launch)
+    return row
+
+
+def blank(launch: Launch) -> Row:
+    """The row of a launch of which nothing is known yet."""
+    gpu, stages = GPUS[launch.target], launch.options.get("num_stages", 0)
+    row = Row(launch.op, launch.kernel, launch.target, gpu.name, launch.dtype, launch.settings, launch.inputs)
+    return dataclasses.replace(row, stages=stages, shared_limit=gpu.shared)
+
+
+# ------------------------------------------------------------------------------------------------ facts
+
+
+@dataclass
+class _Facts:
+    """What the compiler reports beside the code."""
+
+    ttir: str
+    ttgir: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    tensor_memory: int
+    shapes: list[tuple[int, int]]  # (M, N) of tcgen05 instructions
+
+
+def _facts(compiled, gpu: Gpu) -> tuple[Listing, _Facts]:
+    meta, asm = compiled.metadata, compiled.asm
+    if gpu.amd:
+        text, warps, shapes = asm["amdgcn"], meta.num_warps, []
+        listing = parse_gcn(text)
+        registers, stack = (_field(text, name) for name in ("vgpr_count", "private_segment_fixed_size"))
+    else:
+        ptx = asm["ptx"]
+        listing, registers, stack = sass(asm["cubin"], ir.load_lines(ptx))
+        threads = re.search(r"\.reqntid (\d+)", ptx)  # more than num_warps where warps specialise
+        warps = int(threads[1]) // 32 if threads else meta.num_warps
+        shapes = ir.tcgen05_shapes(ptx)
+    tensor_memory = getattr(meta, "tmem_size", None) or 0
+    return listing, _Facts(asm["ttir"], asm["ttgir"], warps, registers, stack, meta.shared, tensor_memory, shapes)
+
+
+def _field(text: str, name: str) -> int:
+    found = re.search(rf"\.{name}:\s+(\d+)", text)
+    return int(found[1]) if found else 0
+
+
+# ------------------------------------------------------------------------------------------------ measures and checks
+
+
+def _measure(listing: Listing, facts: _Facts, gpu: Gpu, intensity: float | None) -> dict[str, Any]:
+    """The fields of a row that follow from the code; intensity: see Launch."""
+    code, warps = listing.instructions, facts.warps
+    dots = ir.dots(facts.ttir)
+
+    def counts_of(places: Iterable[int]) -> Counts:
+        return count((code[place] for place in sorted(places)), gpu.lanes, facts.shapes)
+
+    found = [(places, counts_of(places)) for places in loops(listing)]
+    inner = counts_of(frozenset().union(*(places for places, _ in found)))
+    whole = counts_of(range(len(code)))
+    hot, in_loop = _hottest(found, whole, bool(dots))
+
+    peak = gpu.tensor if hot.flops else 2 * gpu.fma
+    starved = intensity is not None and intensity < peak / gpu.dram / 4  # no tiling could make such work compute-bound
+    model = estimate(hot, warps, gpu, "DRAM" if starved or not dots else "tensor" if hot.flops else "FMA")
+    flops = hot.flops * (1 if hot.tensor_by_block else warps) if hot.flops else hot.vector_flops * warps
+    resident = resident_warps(facts.registers, facts.shared, warps, gpu)
+    return dict(
+        warps=warps,
+        registers=facts.registers,
+        spilled=sum(int(kind[4:]) // 8 * n for kind, n in whole.memory.items() if kind.startswith("STL")),
+        stack=facts.stack,
+        shared=facts.shared,
+        occupancy=resident / gpu.warps,
+        dots=sorted({f"{dot.dtype} {dot.precision}".strip() for dot in dots}),
+        loops=len(found),
+        in_loop=in_loop,
+        slots=hot.slots,
+        mufu=hot["mufu"],
+        barriers=hot["barrier"],
+        tensor=dict(hot.tensor),
+        memory=dict(hot.memory),
+        copies=hot.copies,
+        flops=flops,
+        bytes=hot.global_bytes * warps,
+        local_bytes=hot.local_bytes * warps,
+        in_flight=hot.loaded_bytes * resident,
+        slots_per_kflop=hot.slots * warps / flops * 1000 if flops else None,
+        slots_per_kilobyte=hot.slots / hot.global_bytes * 1000 if hot.global_bytes else None,
+        clocks={unit: round(clocks, 1) for unit, clocks in model.clocks.items()},
+        limit=model.limit,
+        share=round(model.overlapped, 3),
+        serial=round(model.serial, 3),
+        failures=list(_failures(facts, gpu, dots, whole, inner, hot)),
+    )
+
+
+def _hottest(found: list[tuple[frozenset[int], Counts]], whole: Counts, dots: bool) -> tuple[Counts, bool]:
+    """The innermost loop with the most useful work, of equal ones the tighter; the whole kernel if it has no loop."""
+
+    def work(counts: Counts) -> float:
+        return counts.flops if whole.flops else counts.vector_flops if dots else counts.global_bytes
+
+    inner = [
+        counts
+        for places, counts in found
+        if work(counts) and not any(other < places and work(nested) for other, nested in found)
+    ]
+    return (max(inner, key=lambda counts: (work(counts), -counts.slots)), True) if inner else (whole, False)
+
+
+def _failures(
+    facts: _Facts, gpu: Gpu, dots: list[ir.Dot], whole: Counts, inner: Counts, hot: Counts
+) -> Iterable[tuple[str, str]]:
+    """(check, what is wrong). `inner` counts the instructions that are in any loop."""
+    if whole.local_bytes or facts.stack:
+        moved = f"{inner.local_bytes * facts.warps / KIB:.1f} KiB of local memory a pass of the loops"
+        yield "spill", f"{facts.stack} bytes of stack a thread, {moved}"
+    if facts.shared > gpu.shared:
+        yield "shared memory", f"{facts.shared} bytes of shared memory, {gpu.shared} is the limit"
+    if facts.tensor_memory > TENSOR_MEMORY:
+        yield "shared memory", f"{facts.tensor_memory} columns of tensor memory, {TENSOR_MEMORY} is the limit"
+
+    half = sum(dot.dtype in ir.HALF for dot in dots)
+    if half and not whole.flops:
+        yield "tensor cores", f"all of {half} half-precision dots became multiply-adds"
+    elif half == len(dots) and (missed := ir.missed_dots(facts.ttgir)):  # exact fp32 dots are missed by right
+        yield "tensor cores", f"{missed} half-precision dots became multiply-adds"
+
+    # One load of 16 bytes a lane does what 2-byte loads need eight for; below 8 bytes it shows. Loads of a tile too
+    # small to give each lane as much (a row of lse, the number of a page) are no defect.
+    tiles, threads = ir.tiles(facts.ttir, facts.ttgir), facts.warps * gpu.lanes
+    narrow: dict[tuple[int, ...], int] = {}
+    for size, lines in inner.loads:
+        if size < WIDE <= ir.tile_at(tiles, lines).lane_bytes(threads):
+            narrow[lines] = min(size, narrow.get(lines, WIDE))
+    for lines, size in sorted(narrow.items()):
+        shape = "×".join(map(str, ir.tile_at(tiles, lines).shape))
+        place = ", from ".join(f"line {line}" for line in lines) or "of unknown place"
+        yield "narrow load", f"a tile of {shape} is loaded {size} bytes a lane in a loop ({place})"
+
+    if not gpu.amd and hot is not whole and hot.flops and not inner.copies:
+        waiting = [size for size, lines in hot.loads if ir.tile_at(tiles, lines).lane_bytes(threads) >= WIDE]
+        if waiting:
+            yield "async copy", f"{len(waiting)} loads of the loop go through registers, and their latency is exposed"
+
+
+# ------------------------------------------------------------------------------------------------ exceptions
+
+
+def _excuse(row: Row, launch: Launch) -> None:
+    """Moves the failures that the kernel's file declares to be right.
+
+    `AUDIT_EXCEPTIONS` there is a list of dict(kernel=…, check=…, reason=…), each with an optional where={name: value or
+    values} over the kernel's constexpr arguments, "target" and "dtype".
+    """
+    values = {**row.settings, "target": row.target, "dtype": row.dtype}
+    for exception in getattr(sys.modules[launch.module], "AUDIT_EXCEPTIONS", []):
+        if (check := exception["check"]) not in CHECKS:
+            raise ValueError(f"AUDIT_EXCEPTIONS: check: expected one of {', '.join(CHECKS)}, got {check!r}")
+        where = exception.get("where", {})
+        holds = all(values.get(name) in (v if isinstance(v, tuple) else (v,)) for name, v in where.items())
+        if exception["kernel"] == row.kernel and holds:
+            matching = [failure for failure in row.failures if failure[0] == check]
+            row.excused += [(*failure, exception["reason"]) for failure in matching]
+            row.failures = [failure for failure in row.failures if failure not in matching]

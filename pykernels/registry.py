@@ -1,0 +1,274 @@
+"""One declaration per op: tests, check, bench, audit and the README table all follow from it.
+
+An op file declares two things. `torch_op` puts a schema under torch.ops.pykernels with its fake implementation,
+its gradient and its GPU implementations (the CPU kernel registers itself when its library is loaded); `register`
+describes the public function: reference, samples, workloads, which backends serve which inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+
+from . import native
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")  # a backend's id, as torch ops receive it, is its place here
+AUTO, REFERENCE, CPU, TRITON, CUDA = range(5)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: its kernels then run on CPU tensors
+
+Inputs = dict[str, Any]  # the public function's arguments by name
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class BackendDeclined(RuntimeError):
+    """A backend that was asked for by name cannot serve this call; the message ends in its reason."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs to try an op on: `make(dtype, device)` draws fresh ones from torch's global generator."""
+
+    label: str
+    make: Callable[[torch.dtype, str], Inputs]
+
+    def __str__(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True)
+class Workload(Sample):
+    """A sample worth timing, with the least work that any implementation must do."""
+
+    flops: Callable[[Inputs], float] = lambda inputs: 0.0
+    bytes: Callable[[Inputs], float] = lambda inputs: 0.0  # least traffic: every input read once, every output written
+    train: bool = False  # time forward and backward together
+    train_flops: float = 3.5  # ... which cost this many times the forward's FLOPs
+    quick: bool = False  # part of `bench --quick`
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public function and everything that is known of it."""
+
+    name: str
+    function: Callable
+    reference: Callable  # the same signature, in pure PyTorch
+    body: Callable  # what both are made of, with the function to `run` first
+    kernel: Callable  # torch op: (*kernel arguments, backend)
+    supports: dict[str, Callable[..., str | None]]  # backend → (kernel arguments → None, or why it declines them)
+    samples: tuple[Sample, ...]
+    workloads: tuple[Workload, ...]
+    differentiable: tuple[str, ...]  # arguments with a gradient; empty: no gradient at all
+    random: bool  # draws from torch's generator
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the public docstring: the op's row in the README table."""
+        return (self.function.__doc__ or "").strip().split("\n")[0]
+
+
+OPS: dict[str, Op] = {}
+
+
+def list_ops() -> list[str]:
+    """Names of the registered ops, each both `pykernels.<name>` and `pykernels.reference.<name>`."""
+    return sorted(OPS)
+
+
+def register(
+    body: Callable[Concatenate[Callable, P], R],
+    *,
+    kernel: Callable,
+    reference: Callable,
+    supports: dict[str, Callable[..., str | None]],
+    samples: Iterable[Sample],
+    workloads: Iterable[Workload] = (),
+    differentiable: Iterable[str] = (),
+    random: bool = False,
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, *FLOATS),
+) -> Callable[P, R]:
+    """Declare an op and return its public function.
+
+    `body(run, ...)` is the public function but for its first argument: it checks its arguments and calls
+    `run(*kernel arguments)`. In the public function `run` chooses a backend and calls `kernel(*arguments, backend)`;
+    in pykernels.reference's it is `reference` itself, so the two share every check and every default.
+    """
+    name = body.__name__.removeprefix("_")
+
+    def run(*arguments):
+        backend = choose(name, next(a.device for a in arguments if isinstance(a, torch.Tensor)), arguments)
+        return reference(*arguments) if backend == REFERENCE else kernel(*arguments, backend)
+
+    def bind(runner: Callable) -> Callable[P, R]:
+        @functools.wraps(body)
+        def function(*args: P.args, **kwargs: P.kwargs) -> R:
+            return body(runner, *args, **kwargs)
+
+        signature = inspect.signature(body)
+        function.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        function.__name__ = function.__qualname__ = name
+        return function
+
+    OPS[name] = Op(
+        name=name,
+        function=bind(run),
+        reference=bind(reference),
+        body=body,
+        kernel=kernel,
+        supports=supports,
+        samples=tuple(samples),
+        workloads=tuple(workloads),
+        differentiable=tuple(differentiable),
+        random=random,
+        dtypes=dtypes,
+    )
+    return OPS[name].function
+
+
+# ------------------------------------------------------------------------------------------------ backends
+
+_override = AUTO
+
+
+class use_backend:
+    """Select a backend by name, for good or within `with`; "auto" chooses by device and inputs.
+
+    Raises ValueError for an unknown name. A backend that cannot run a call raises RuntimeError at that call.
+    Under torch.compile the choice is part of the guard: changing it recompiles.
+    """
+
+    def __init__(self, name: str):
+        global _override
+        if name not in BACKENDS:
+            raise ValueError(f"name: expected one of {', '.join(BACKENDS)}, got {name!r}")
+        self._previous = _override
+        _override = BACKENDS.index(name)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_) -> None:
+        global _override
+        _override = self._previous
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def unavailable(backend: int, device_type: str) -> str | None:
+    """Why a backend cannot run on this machine's devices of that type, or None if it can."""
+    if backend == REFERENCE:
+        return None
+    if backend == CPU:
+        return "it runs on CPU tensors" if device_type != "cpu" else native.missing()
+    if backend == TRITON:
+        try:
+            importlib.import_module("triton")
+        except ImportError as error:
+            return f"triton cannot be imported ({error})"
+        if device_type == "cpu":
+            return None if INTERPRET else "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 first"
+        if device_type != "cuda" or not torch.cuda.is_available():
+            return "torch sees no GPU"
+        if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+            return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
+        return None
+    return "this build has no CUDA kernels"
+
+
+def decline(name: str, backend: int, device_type: str, arguments: tuple) -> str | None:
+    """Why a backend cannot serve a call with these kernel arguments, or None if it can."""
+    if backend == REFERENCE:
+        return None
+    supports = OPS[name].supports.get(BACKENDS[backend])
+    if supports is None:
+        return f"{name} has no {BACKENDS[backend]} kernel"
+    return unavailable(backend, device_type) or supports(*arguments)
+
+
+def choose(name: str, device: torch.device, arguments: tuple) -> int:
+    """The backend for one call: the one asked for by name, else the device's own, else the reference."""
+    if _override != AUTO:
+        reason = decline(name, _override, device.type, arguments)
+        if reason is not None:
+            raise BackendDeclined(f"{name}: backend {BACKENDS[_override]!r} cannot run this call: {reason}")
+        return _override
+    for backend in (CPU,) if device.type == "cpu" else (CUDA, TRITON):
+        if decline(name, backend, device.type, arguments) is None:
+            return backend
+    return REFERENCE
+
+
+def available_backends(op: str) -> dict[str, str | None]:
+    """Backend → None if it can run `op` on this machine, else the reason why not."""
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(list_ops())}, got {op!r}")
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    report: dict[str, str | None] = {}
+    for backend in (REFERENCE, CPU, TRITON, CUDA):
+        name = BACKENDS[backend]
+        if backend != REFERENCE and name not in OPS[op].supports:
+            report[name] = f"{op} has no {name} kernel"
+        else:
+            report[name] = unavailable(backend, "cpu" if backend == CPU else gpu)
+    return report
+
+
+# ------------------------------------------------------------------------------------------------ torch ops
+
+_library = torch.library.Library("pykernels", "DEF")
+IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {}  # torch op → backend → its Python implementation
+
+
+def torch_op(
+    schema: str, *, fake: Callable, implementations: dict[str, Callable], setup_context: Callable, backward: Callable
+) -> Callable:
+    """Define torch.ops.pykernels.<name>, whose last argument is the id of a backend.
+
+    `implementations` are Python functions by backend name with the op's arguments; the CPU kernel is not among them.
+    """
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    qualified = f"pykernels::{name}"
+    torch.library.register_fake(qualified, fake, lib=_library)
+    IMPLEMENTATIONS[name] = implementations
+
+    def run(*args):
+        backend = args[-1]
+        named = BACKENDS[backend] if backend in (TRITON, CUDA) else next(iter(implementations))
+        return implementations[named](*args)
+
+    if implementations:
+        _library.impl(name, run, "CUDA")
+        if INTERPRET:
+            _share_cpu_key(name, run)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    return getattr(torch.ops.pykernels, name).default
+
+
+def _share_cpu_key(name: str, run: Callable) -> None:
+    """Under Triton's interpreter, CPU tensors go to the Python implementations or to the native kernel as asked."""
+    kernel = None if native.missing() else torch.library.get_kernel(f"pykernels::{name}", "CPU")
+
+    def share(keyset, *args):
+        return run(*args) if args[-1] == TRITON or kernel is None else kernel.call_boxed(keyset, *args)
+
+    _library.impl(name, share, "CPU", with_keyset=True, allow_override=True)
+
+
+def refuse_forward_mode(name: str, tensors: Iterable[Any]) -> None:
+    """torch gives custom ops without a rule a zero tangent, silently; we raise instead."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(f"{name}: forward-mode differentiation is not supported")

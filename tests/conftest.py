@@ -1,0 +1,22 @@
+import os
+
+import pytest
+import torch
+
+from pykernels.registry import INTERPRET
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed(request):
+    """New random inputs on every run; the seed is printed with a failure, and PYTEST_SEED repeats it."""
+    seed = int(os.environ.get("PYTEST_SEED") or torch.seed() % 2**31)
+    torch.manual_seed(seed)
+    print(f"PYTEST_SEED={seed}")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Under TRITON_INTERPRET=1 only what is about the interpreter runs: compiled kernels need another process."""
+    if INTERPRET:
+        wanted = [item for item in items if "triton" in item.keywords]
+        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+        items[:] = wanted

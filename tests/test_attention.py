@@ -1,0 +1,357 @@
+"""What is peculiar to attention: agreement with torch's own, combinations of options, edges, errors."""
+
+import math
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pykernels as pk
+from pykernels.check import compare
+from pykernels.ops.attention import dropout_keep
+from pykernels.registry import CPU, INTERPRET, OPS, TRITON, unavailable
+
+BACKEND = "triton" if INTERPRET else "cpu"
+REASON = unavailable(TRITON if INTERPRET else CPU, "cpu")
+needs_kernels = pytest.mark.skipif(REASON is not None, reason=f"{BACKEND}: {REASON}")
+
+
+def draw(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------ the reference
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("N", "M"), [(7, 7), (5, 9), (9, 5)])
+def test_reference_is_torchs_own(N, M, causal):
+    """Against a softmax written row by row, so that nothing of ours judges itself."""
+    query, key, value = draw(2, 4, N, 6), draw(2, 2, M, 6), draw(2, 2, M, 3)
+    bias = draw(1, 4, N, M)
+    out, lse = pk.reference.attention(query, key, value, bias=bias, causal=causal, return_lse=True)
+    for b, h, i in ((b, h, i) for b in range(2) for h in range(4) for i in range(N)):
+        seen = max(0, min(M, i + 1 + M - N)) if causal else M
+        scores = key[b, h // 2, :seen] @ query[b, h, i] / math.sqrt(6) + bias[0, h, i, :seen]
+        expected = scores.softmax(0) @ value[b, h // 2, :seen] if seen else torch.zeros(3, dtype=torch.float64)
+        torch.testing.assert_close(out[b, h, i], expected)
+        expected = scores.logsumexp(0) if seen else torch.tensor(-math.inf, dtype=torch.float64)
+        torch.testing.assert_close(lse[b, h, i], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}])
+@pytest.mark.parametrize(("N", "M"), [(8, 8), (5, 9), (9, 5)])
+def test_drop_in_for_scaled_dot_product_attention(options, N, M):
+    heads = 2 if options.get("enable_gqa") else 4
+    query, key, value = draw(2, 4, N, 8), draw(2, heads, M, 8), draw(2, heads, M, 8)
+    expected = F.scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(pk.scaled_dot_product_attention(query, key, value, **options), expected)
+    if heads == 4:
+        got = pk.scaled_dot_product_attention(query[0], key[0], value[0], **options)
+        torch.testing.assert_close(got, expected[0])
+
+
+def test_dropout_is_philox():
+    """Known answers of Philox4x32-10 from the authors' test vectors: an all-zero counter and key."""
+    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    for j, word in enumerate(words):
+        for p in ((word - 1) / 2**32, (word + 1) / 2**32):
+            keep = dropout_keep(torch.tensor(0), p, torch.Size((1, 1, 1, 4)))[0, 0, 0, j]
+            assert keep == (word >= round(p * 2**32))
+
+
+@needs_kernels
+def test_dropout_keeps_its_share_and_its_expectation():
+    value = torch.ones(2, 4, 512, 1)
+    query, key = draw(2, 4, 512, 8, dtype=torch.float32), draw(2, 4, 512, 8, dtype=torch.float32)
+    out = pk.attention(query, key, value, dropout_p=0.25)
+    assert abs(out.mean() - 1) < 0.01
+    torch.manual_seed(5)
+    first = pk.attention(query, key, value, dropout_p=0.25)
+    assert not torch.equal(first, pk.attention(query, key, value, dropout_p=0.25))
+    torch.manual_seed(5)
+    assert torch.equal(first, pk.attention(query, key, value, dropout_p=0.25))
+
+
+# ------------------------------------------------------------------------------------------------ combinations
+
+
+@st.composite
+def calls(draw_):
+    """Any combination of attention's options over small, mostly odd sizes."""
+    length = st.integers(0, 40) if INTERPRET else st.one_of(st.integers(0, 40), st.integers(60, 300))
+    B, Hk, groups = draw_(st.integers(1, 2)), draw_(st.integers(1, 2)), draw_(st.integers(1, 3))
+    N, M, D, Dv = draw_(length), draw_(length), draw_(st.integers(1, 70)), draw_(st.integers(1, 70))
+    H, side = Hk * groups, st.one_of(st.none(), st.integers(0, 50))
+    bias = draw_(st.sampled_from([None, "bool", "float", "fp32", "inf"]))
+    shape = tuple(n if keep else 1 for n, keep in zip((B, H, N, M), draw_(st.tuples(*[st.booleans()] * 4))))
+    return dict(
+        sizes=(B, H, Hk, N, M, D, Dv),
+        bias=bias and (bias, shape),
+        alibi=draw_(st.booleans()),
+        lengths=draw_(st.one_of(st.none(), st.lists(st.integers(0, M), min_size=B, max_size=B))),
+        dtype=draw_(st.sampled_from([torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRET))),
+        options=dict(
+            causal=draw_(st.booleans()),
+            window=draw_(st.one_of(st.none(), st.tuples(side, side))),
+            softcap=draw_(st.sampled_from([None, 2.0])),
+            dropout_p=draw_(st.sampled_from([0.0, 0.0, 0.4])),
+            return_lse=draw_(st.booleans()),
+        ),
+        seed=draw_(st.integers(0, 2**31)),
+    )
+
+
+@needs_kernels
+@pytest.mark.triton
+@settings(
+    max_examples=25 if INTERPRET else 150, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+@given(calls())
+def test_any_combination_of_options(call):
+    torch.manual_seed(call["seed"])
+    (B, H, Hk, N, M, D, Dv), dtype = call["sizes"], call["dtype"]
+    inputs = dict(query=draw(B, H, N, D), key=draw(B, Hk, M, D), value=draw(B, Hk, M, Dv))
+    inputs = {name: value.to(dtype) for name, value in inputs.items()} | call["options"]
+    if call["bias"]:
+        kind, shape = call["bias"]
+        bias = draw(*shape).to(torch.float32 if kind == "fp32" else dtype)
+        inputs["bias"] = bias > -0.5 if kind == "bool" else bias
+        if kind == "inf":
+            bias.masked_fill_(torch.rand(shape) < 0.3, -math.inf)
+    if call["alibi"]:
+        inputs["alibi_slopes"] = torch.rand(H)
+    if call["lengths"]:
+        inputs["key_lengths"] = torch.tensor(call["lengths"])
+    results = compare(OPS["attention"], inputs, BACKEND, poison=True)
+    assert results
+    assert all(result.ok for result in results), "\n".join(str(r) for r in results if not r.ok)
+
+
+# ------------------------------------------------------------------------------------------------ edges
+
+
+@needs_kernels
+def test_element_offsets_past_two_to_the_31():
+    """Views whose batches lie 2^31 elements apart; only the touched pages of the storage exist."""
+    far, B, H, N, D = 2**31 + 64, 2, 2, 20, 16
+
+    def place(start):
+        view = storage.as_strided((B, H, N, D), (far, N * D, D, 1), start)
+        return view.copy_(torch.randn(B, H, N, D))
+
+    storage = torch.empty(far + 3 * H * N * D, dtype=torch.float16)
+    query, key, value = (place(which * H * N * D) for which in range(3))
+    got = pk.attention(query, key, value, causal=True)
+    near = (t.clone(memory_format=torch.contiguous_format) for t in (query, key, value))
+    assert torch.equal(got, pk.attention(*near, causal=True))
+
+
+@needs_kernels
+def test_one_nan_reaches_its_row_alone():
+    query, key, value = (draw(1, 1, 70, 8, dtype=torch.float32) for _ in range(3))
+    query[0, 0, 33, 2] = math.nan
+    out = pk.attention(query, key, value)
+    assert out[0, 0, 33].isnan().all()
+    assert out.isnan().sum() == 8
+
+
+@needs_kernels
+def test_memory_grows_linearly():
+    """Forward and backward at N = 16384, where one head's score matrix alone would take 1 GB."""
+    code = """
+import resource, torch, pykernels as pk
+def peak(N):
+    t = [torch.randn(1, 1, N, 16, requires_grad=True) for _ in range(3)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pk.attention(*t, causal=True).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+peak(64)
+print(peak(16384))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) * (1 if sys.platform == "darwin" else 1024) < 64 * 2**20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+
+
+def test_output_is_laid_out_like_the_query():
+    """A model's transpose(1, 2).reshape after attention costs no copy."""
+    query, key, value = (draw(2, 5, 3, 8, dtype=torch.float32).transpose(1, 2) for _ in range(3))
+    out = pk.attention(query, key, value)
+    assert out.shape == (2, 3, 5, 8)
+    if REASON is None:
+        assert out.transpose(1, 2).is_contiguous()
+
+
+@needs_kernels
+def test_backward_takes_any_cotangent():
+    """Expanded cotangents (of a sum), and a loss of lse alone."""
+    tensors = [draw(1, 2, 9, 4).requires_grad_() for _ in range(3)]
+    for choose in (lambda o: o[0].sum(), lambda o: o[1].sum(), lambda o: o[0][:, :, 0].sum()):
+        ours = torch.autograd.grad(choose(pk.attention(*tensors, return_lse=True)), tensors, allow_unused=True)
+        exact = torch.autograd.grad(
+            choose(pk.reference.attention(*tensors, return_lse=True)), tensors, allow_unused=True
+        )
+        for got, want in zip(ours, exact):
+            torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want)
+
+
+@needs_kernels
+def test_one_tensor_in_three_places():
+    """Self-attention without projections: first and second derivatives count each use once."""
+    x = draw(1, 1, 6, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: pk.attention(x, x, x), x)
+    assert torch.autograd.gradgradcheck(lambda x: pk.attention(x, x, x), x)
+    assert torch.autograd.gradgradcheck(
+        lambda x: torch.autograd.grad(pk.attention(x, x, x).square().sum(), x, create_graph=True)[0], x
+    )
+
+
+@needs_kernels
+def test_autocast_casts_as_torch_does():
+    tensors = [draw(1, 2, 9, 4, dtype=torch.float32).requires_grad_() for _ in range(3)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, lse = pk.attention(*tensors, return_lse=True)
+        assert out.dtype == F.scaled_dot_product_attention(*tensors).dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    out.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in tensors)
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore")
+def test_training_compiles_and_exports():
+    tensors = [draw(1, 2, 33, 8, dtype=torch.float32).requires_grad_() for _ in range(3)]
+
+    def loss(query, key, value):
+        return pk.attention(query, key, value, causal=True, softcap=3.0).square().sum()
+
+    expected = torch.autograd.grad(loss(*tensors), tensors)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    for got, want in zip(torch.autograd.grad(compiled(*tensors), tensors), expected):
+        torch.testing.assert_close(got, want)
+
+    class Attend(torch.nn.Module):
+        def forward(self, query, key, value):
+            return pk.attention(query, key, value, causal=True)
+
+    plain = [t.detach() for t in tensors]
+    program = torch.export.export(Attend(), tuple(plain))
+    torch.testing.assert_close(program.module()(*plain), pk.attention(*plain, causal=True))
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_what_cannot_be_differentiated_raises():
+    query = draw(1, 1, 4, 4)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda q: pk.attention(q, query, query), (query,), (query,))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.grad(lambda q: pk.attention(q, query, query).sum())(query)
+
+
+@needs_kernels
+def test_decode_refuses_a_gradient():
+    query, cache = draw(1, 2, 1, 8).requires_grad_(), draw(1, 2, 9, 8)
+    out = pk.decode_attention(query, cache, cache, torch.tensor([9]))
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        out.sum().backward()
+
+
+Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8)
+ERRORS = [
+    (lambda: pk.attention([1], K, K), TypeError, "query: expected a tensor"),
+    (lambda: pk.attention(Q[0], K, K), ValueError, r"query: expected rank 4 \[B, H, N, D\], got \[4, 5, 8\]"),
+    (lambda: pk.attention(Q.long(), K, K), TypeError, "query: expected torch.float64 or .*got torch.int64"),
+    (lambda: pk.attention(Q, K.half(), K), TypeError, "key: expected query's dtype torch.float32, got torch.float16"),
+    (lambda: pk.attention(Q, K[..., :7], K), ValueError, r"key: expected last dimension 8.*got \[2, 2, 6, 7\]"),
+    (lambda: pk.attention(Q, K[:1], K[:1]), ValueError, "key: expected batch 2"),
+    (lambda: pk.attention(Q[:, :3], K, K), ValueError, "key: expected a number of heads that divides query's 3"),
+    (lambda: pk.attention(Q, K, K[:, :, :5]), ValueError, r"value: expected \[2, 2, 6, Dv\] to match key"),
+    (
+        lambda: pk.attention(torch.zeros(1, 1, 1, 257), torch.zeros(1, 1, 1, 257), K),
+        ValueError,
+        "query: expected a head",
+    ),
+    (lambda: pk.attention(Q, K.to("meta"), K), ValueError, "key: expected query's device cpu, got meta"),
+    (
+        lambda: pk.attention(Q, K, K, bias=torch.zeros(5, 7)),
+        ValueError,
+        r"bias: expected broadcastable to \[2, 4, 5, 6\]",
+    ),
+    (
+        lambda: pk.attention(Q, K, K, bias=torch.zeros(5, 6).long()),
+        TypeError,
+        "bias: expected torch.bool or torch.float32",
+    ),
+    (
+        lambda: pk.attention(Q, K, K, alibi_slopes=torch.zeros(3)),
+        ValueError,
+        r"alibi_slopes: expected \[4\] or \[2, 4\]",
+    ),
+    (
+        lambda: pk.attention(Q, K, K, key_lengths=torch.tensor([1, 7])),
+        ValueError,
+        r"key_lengths: .*0 to 6, got \[1, 7\]",
+    ),
+    (lambda: pk.attention(Q, K, K, key_lengths=torch.zeros(2)), TypeError, "key_lengths: expected torch.int32 or"),
+    (lambda: pk.attention(Q, K, K, window=(-2, 0)), ValueError, r"window: expected sides ≥ 0.*got \(-2, 0\)"),
+    (
+        lambda: pk.attention(Q, K, K, dropout_p=1.0),
+        ValueError,
+        r"dropout_p: expected a probability in \[0, 1\), got 1.0",
+    ),
+    (lambda: pk.attention(Q, K, K, softcap=-1.0), ValueError, "softcap: expected a finite number ≥ 0"),
+    (lambda: pk.attention(Q, K, K, scale=math.inf), ValueError, "scale: expected a finite number"),
+    (lambda: pk.scaled_dot_product_attention(Q, K, K), ValueError, "key: expected query's 4 heads, or enable_gqa=True"),
+    (
+        lambda: pk.scaled_dot_product_attention(Q, Q, Q, torch.zeros(5, 5), is_causal=True),
+        ValueError,
+        "attn_mask: expected None together with is_causal=True",
+    ),
+    (
+        lambda: pk.varlen_attention(Q[0], K[0], K[0], torch.tensor([0, 3, 2])),
+        ValueError,
+        "cu_seqlens_k: expected offsets",
+    ),
+    (
+        lambda: pk.varlen_attention(Q[0], Q[0], Q[0], torch.tensor([0, 3, 2])),
+        ValueError,
+        r"cu_seqlens_q: expected ascending offsets from 0 to at most 4, got \[0, 3, 2\]",
+    ),
+    (
+        lambda: pk.decode_attention(Q, K, K, torch.tensor([7, 1])),
+        ValueError,
+        r"cache_lengths: expected lengths from 0 to 6, got \[7, 1\]",
+    ),
+    (
+        lambda: pk.decode_attention(Q, K, K, torch.tensor([7, 1]), block_table=torch.tensor([[0, 2], [1, 0]])),
+        ValueError,
+        r"block_table: expected page numbers from 0 to 1, got \[2\]",
+    ),
+    (lambda: pk.use_backend("gpu"), ValueError, "name: expected one of auto, reference, cpu, triton, cuda, got 'gpu'"),
+    (lambda: pk.available_backends("atention"), ValueError, "op: expected one of attention, "),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), ERRORS, ids=lambda value: value if isinstance(value, str) else "")
+def test_errors_name_argument_expectation_and_value(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_backends_by_name():
+    with pytest.raises(RuntimeError, match="attention has no cuda kernel"), pk.use_backend("cuda"):
+        pk.attention(Q, K, K)
+    with pk.use_backend("reference"):
+        assert pk.attention(Q, K, K).shape == (2, 4, 5, 8)
+    assert set(pk.available_backends("attention")) == {"reference", "cpu", "triton", "cuda"}
+    assert pk.available_backends("attention")["reference"] is None
+    assert "attention" in pk.list_ops()

@@ -1,0 +1,94 @@
+"""The command line, and the rule of correctness on kernels broken in every way that it must see."""
+
+import json
+
+import pytest
+import torch
+from toy import declared, softmax_scale
+
+from pykernels.__main__ import main
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.01
+
+
+def unwritten(x, w):
+    out = torch.empty_like(x)
+    out[1:] = (x.softmax(-1) * w)[1:]
+    return out, x.argmax(-1)
+
+
+BROKEN = {
+    "value": lambda x, w: (softmax_scale(x, w)[0] * 1.01, x.argmax(-1)),
+    "index": lambda x, w: (softmax_scale(x, w)[0], x.argmin(-1)),
+    "gradient": lambda x, w: softmax_scale(WrongGradient.apply(x), w),
+    "no gradient": lambda x, w: softmax_scale(x.detach(), w),
+    "unwritten": unwritten,
+    "infinity": lambda x, w: (softmax_scale(x, w)[0] / (x > -9), x.argmax(-1)),
+    "dtype": lambda x, w: (softmax_scale(x, w)[0].double(), x.argmax(-1)),
+}
+
+
+def test_a_right_kernel_passes_in_every_dtype(capsys, tmp_path):
+    with declared(softmax_scale):
+        assert main(["check", "toy", "--json", str(tmp_path / "check.json")]) == 0
+    samples = json.loads((tmp_path / "check.json").read_text())["samples"]
+    assert {sample["dtype"] for sample in samples} == {"fp64", "fp32", "bf16", "fp16"}
+    assert [result["name"] for result in samples[0]["results"]] == ["out[0]", "out[1]", "grad x", "grad w"]
+    assert "All is right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_kernel_fails(how, capsys):
+    with declared(BROKEN[how]):
+        assert main(["check", "toy", "--dtype", "fp32"]) == 1
+    printed = capsys.readouterr().out
+    assert "wrong toy, cpu, cpu, fp32, small: " in printed
+    assert ("grad x" if "gradient" in how else "out[") in printed
+
+
+def test_a_kernel_that_raises_is_not_swallowed():
+    def crash(x, w):
+        raise ZeroDivisionError
+
+    with declared(crash), pytest.raises(RuntimeError, match="toy, cpu, cpu, fp32, sample 'small'"):
+        main(["check", "toy", "--dtype", "fp32"])
+
+
+def test_checking_nothing_is_a_failure_with_its_reasons(capsys):
+    with declared(softmax_scale, declines="it is Sunday"):
+        assert main(["check", "toy"]) == 1
+        assert main(["check", "toy", "--backend", "cuda"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("Nothing could be checked") == 2
+    assert "it is Sunday" in printed
+    assert "toy has no cuda kernel" in printed
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "attention" in printed
+
+
+@pytest.mark.parametrize("command", ["doctor", "check", "bench", "audit"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"pykernels {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_an_unknown_op_lists_those_there_are(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "atention"])
+    assert "varlen_attention" in capsys.readouterr().err
