@@ -47,7 +47,16 @@ def extensions() -> list[Extension]:
             library_dirs=[str(torch / "lib")],
             libraries=["torch", "torch_cpu"],
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-            extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", *flags],
+            extra_compile_args=[
+                "-std=c++20",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wno-psabi",
+                "-Wno-maybe-uninitialized",
+                *flags,
+            ],
         )
         for level, flags in LEVELS.items()
         if X86 or not flags

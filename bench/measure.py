@@ -40,7 +40,7 @@ class Clock:
     """Seconds that calls take on a device; on a GPU between events, after its L2 cache was flushed."""
 
     def __init__(self, device: str):
-        self.gpu = torch.device(device).type == "cuda"
+        self.device, self.gpu = device, torch.device(device).type == "cuda"
         if self.gpu:
             properties = torch.cuda.get_device_properties(device)
             self.flush = torch.empty(2 * properties.L2_cache_size, dtype=torch.int8, device=device)
@@ -62,9 +62,17 @@ class Clock:
             total += start.elapsed_time(end) / 1e3
         return total / repeats
 
-    def race(self, calls: dict[str, Call], budget: float) -> dict[str, list[float]]:
-        """Times of every call, taken in turns A B A B … until the budget (s) is spent: entry i is from round i."""
-        first = {name: self(call) for name, call in calls.items()}
+    def probe(self, call: Call) -> tuple[float, float | None]:
+        """(seconds, bytes at the peak) of one call."""
+        taken: list[float] = []
+        memory = peak_memory(lambda: taken.append(self(call)), self.device)
+        return taken[0], memory
+
+    def race(self, calls: dict[str, Call], first: dict[str, float], budget: float) -> dict[str, list[float]]:
+        """Times of every call, taken in turns A B A B … until the budget (s) is spent: entry i is from round i.
+
+        `first` has a time of each; where that alone is beyond the budget, it is all that is taken.
+        """
         racing = {name: call for name, call in calls.items() if first[name] < budget}
         times = {name: [] if name in racing else [first[name]] for name in calls}
         end, rounds = time.perf_counter() + budget, 0
@@ -133,6 +141,11 @@ class Limits:
     def nearer(self, dtype: torch.dtype, flops: float, traffic: float) -> tuple[float, str]:
         """(least seconds, which limit sets them)."""
         return max((flops / self.gemm[dtype], "compute"), (traffic / self.copy, "memory"))
+
+    def best(self, other: Limits) -> Limits:
+        """The better of two measurements: whatever else runs can only slow them down."""
+        gemm = {dtype: max(rate, other.gemm[dtype]) for dtype, rate in self.gemm.items()}
+        return Limits(gemm, max(self.copy, other.copy))
 
 
 def measure_limits(device: str, dtypes: list[torch.dtype]) -> Limits:

@@ -47,7 +47,7 @@ def draw(races: list, folder: pathlib.Path, machine: str) -> Iterator[pathlib.Pa
 def colors(races: list) -> dict[str, str]:
     """A color for each candidate, ours always the same."""
     ours = {race.ours for race in races}
-    peers = [name for name in dict.fromkeys(n for race in races for n in race.timings) if name not in ours]
+    peers = sorted({name for race in races for name in race.timings} - ours)
     return {**dict.fromkeys(ours, OURS), **dict(zip(peers, PEERS))}
 
 
@@ -115,7 +115,8 @@ def sizes(races: list) -> dict:
                 if not line:
                     continue
                 x = [size for size, _ in line]
-                style = dict(color=color, marker="o", markersize=4, linewidth=2.4 if color == OURS else 1.4, label=name)
+                style = dict(color=color, marker="o", markersize=4, linewidth=2.4 if color == OURS else 1.4)
+                style["label"] = f"ours ({name})" if color == OURS else name
                 top.plot(x, [1e3 * timing.seconds.median for _, timing in line], **style)
                 low, high = ([1e3 * getattr(t.seconds, side) for _, t in line] for side in ("low", "high"))
                 top.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
@@ -124,7 +125,9 @@ def sizes(races: list) -> dict:
                     if color == OURS:
                         guide = [line[0][1].memory / 2**20 * size / x[0] for size in x]
                         bottom.plot(x, guide, ":", color="#888888", linewidth=1, zorder=0)
-                        bottom.annotate("linear", (x[-1], guide[-1]), fontsize=8, color="#888888", va="top")
+                        bottom.annotate(
+                            "linear ", (x[-1], guide[-1]), ha="right", va="bottom", fontsize=8, color="#888888"
+                        )
             top.set_title(f"{dtype}, {'forward + backward' if train else 'forward'}")
             for axis in (top, bottom):
                 axis.set_xscale("log", base=2)

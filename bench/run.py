@@ -39,7 +39,7 @@ class Timing:
 
     seconds: Spread
     memory: float | None  # bytes at the peak, beyond the inputs
-    share: float  # of the nearer limit
+    share: float = 0.0  # of the nearer limit
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Race:
     train: bool
     flops: float
     bytes: float
-    limit: str  # the nearer one, compute or memory
+    limit: str = ""  # the nearer one, compute or memory
     timings: dict[str, Timing] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)  # candidate → why it was not timed
     first_call: dict[str, float] = field(default_factory=dict)  # s, with compilation
@@ -114,23 +114,24 @@ def timed_call(function: Callable, inputs: Inputs, op: Op, train: bool) -> Calla
     return lambda: torch.autograd.grad(outputs(), wanted, given, materialize_grads=True)
 
 
-def run(op: Op, work: Workload, dtype: torch.dtype, device: str, field_: list[Candidate], limits, budget) -> Race:
+def run(op: Op, work: Workload, dtype: torch.dtype, device: str, entrants: list[Candidate], budget: float) -> Race:
     """Check every candidate on the workload, then time those that are right."""
     torch.manual_seed(0)
     inputs = work.make(dtype, device)
     flops = work.flops(inputs) * (work.train_flops if work.train else 1)
     traffic = work.bytes(inputs) * (TRAIN_BYTES if work.train else 1)
-    least, limit = limits.nearer(dtype, flops, traffic)
-    race = Race(op.name, work.label, dtype_name(dtype), work.train, flops, traffic, limit)
-    expected, calls = Expected(op, inputs, backward=work.train), {}
+    race = Race(op.name, work.label, dtype_name(dtype), work.train, flops, traffic)
+    expected, calls = Expected(op, inputs, backward=work.train, slack=work.slack), {}
     try:
         expected.allowed  # noqa: B018 - runs the references
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
-        race.left_out = dict.fromkeys([one.name for one in field_], "the reference does not fit in memory to check it")
+        race.left_out = dict.fromkeys(
+            [one.name for one in entrants], "the reference does not fit in memory to check it"
+        )
         return race
-    for one in field_:
+    for one in entrants:
         try:
             reason = None if one.function is op.reference else gate(one, expected, race)
         except (BackendDeclined, NotImplementedError) as declined:
@@ -144,25 +145,22 @@ def run(op: Op, work: Workload, dtype: torch.dtype, device: str, field_: list[Ca
             continue
         calls[one.name] = using(one, timed_call(one.function, inputs, op, work.train))
     del expected
-    memory = {name: measure.peak_memory(call, device) for name, call in calls.items()}
-    times = Clock(device).race(calls, budget) if calls else {}
-    for name, seconds in times.items():
-        spread = Spread.of(seconds)
-        race.timings[name] = Timing(spread, memory[name], least / spread.median)
-    settle(race, times, {one.name for one in field_ if one.backend})
+    clock = Clock(device)
+    probes = {name: clock.probe(call) for name, call in calls.items()}
+    times = clock.race(calls, {name: first for name, (first, _) in probes.items()}, budget)
+    for name, taken in times.items():
+        race.timings[name] = Timing(Spread.of(taken), probes[name][1])
+    settle(race, times, {one.name for one in entrants if one.backend})
     return race
 
 
 def gate(one: Candidate, expected: Expected, race: Race) -> str | None:
     """Why a candidate's results are wrong, or None."""
 
-    def once(**inputs):  # the first call compiles and loads; checking against the reference is not part of it
-        start = time.perf_counter()
-        results = one.function(**inputs)
-        race.first_call[one.name] = time.perf_counter() - start
-        return results
-
-    wrong = [result for result in using(one, expected.judge)(once, poison=bool(one.backend)) if not result.ok]
+    start = time.perf_counter()
+    results = using(one, expected.judge)(one.function, poison=bool(one.backend))
+    race.first_call[one.name] = time.perf_counter() - start  # the references ran before
+    wrong = [result for result in results if not result.ok]
     return f"{WRONG}: {'; '.join(map(str, wrong))}" if wrong else None
 
 
@@ -262,12 +260,16 @@ def summary(races: list[Race]) -> list[str]:
 
 def notes(races: list[Race], absent: dict[str, str]) -> list[str]:
     """One line for everything that was not timed, and for what compiling took."""
+    from rich.markup import escape
+
     where: dict[tuple, list[str]] = collections.defaultdict(list)
     for race in races:
         for name, reason in race.left_out.items():
             where[name, reason].append(str(race))
-    lines = [f"[yellow]{name}[/]: {reason}" for name, reason in absent.items()]
-    lines += [f"[yellow]{name}[/]: {reason} ({'; '.join(sorted(set(on)))})" for (name, reason), on in where.items()]
+    lines = [f"[yellow]{name}[/]: {escape(reason)}" for name, reason in absent.items()]
+    lines += [
+        f"[yellow]{name}[/]: {escape(reason)} ({'; '.join(sorted(set(on)))})" for (name, reason), on in where.items()
+    ]
     compiled = [race.first_call["torch.compile"] for race in races if "torch.compile" in race.first_call]
     if compiled:
         lines.append(f"torch.compile: {statistics.median(compiled):.1f} s a shape to compile, not in the times")
@@ -295,7 +297,7 @@ def main(args: argparse.Namespace) -> int:
     if args.plot:
         from . import plots  # matplotlib missing is better said before than after
     console = Console()
-    console.width = max(console.width, 130)  # of a table that loses its numbers when it is squeezed
+    console.width = max(console.width, 140)  # of a table that loses its numbers when it is squeezed
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     budget = args.budget or (1.5 if args.quick else 5.0)
     plan = [
@@ -309,9 +311,10 @@ def main(args: argparse.Namespace) -> int:
         console.print("[red]Nothing to time[/]: these ops declare no such workloads.")
         return 1
     facts = machine()
-    limits = measure.measure_limits(device, list(dict.fromkeys(dtype for *_, dtype in plan)))
-    console.print(f"{facts['processor' if device == 'cpu' else 'GPU 0']}, {facts['threads']} threads", highlight=False)
-    console.print(limit_line(limits), highlight=False)
+    dtypes = list(dict.fromkeys(dtype for *_, dtype in plan))
+    limits = measure.measure_limits(device, dtypes)
+    processor = f"{facts['processor']}, {facts['threads']} threads" if device == "cpu" else facts["GPU 0"]
+    console.print(f"{processor}; {limit_line(limits)}", highlight=False)
 
     races: list[Race] = []
     absent: dict[str, str] = {}
@@ -322,9 +325,15 @@ def main(args: argparse.Namespace) -> int:
             progress.update(task, description=f"{op.name} {escape(work.label)} {dtype_name(dtype)}")
             found, missing = candidates(op, device, args.quick)
             absent |= missing
-            races.append(run(op, work, dtype, device, found, limits, budget))
+            races.append(run(op, work, dtype, device, found, budget))
             progress.advance(task)
 
+    limits = limits.best(measure.measure_limits(device, dtypes))
+    console.print(f"measured before and after; the better {limit_line(limits)}", highlight=False)
+    for race in races:
+        least, race.limit = limits.nearer(dtype_argument(race.dtype), race.flops, race.bytes)
+        for timing in race.timings.values():
+            timing.share = least / timing.seconds.median
     for name in dict.fromkeys(race.op for race in races):
         console.print(result_table(name, [race for race in races if race.op == name]))
     console.print("Median ± half the interquartile range; the ratio with its quartiles, above 1 where ours is faster.")
@@ -336,14 +345,14 @@ def main(args: argparse.Namespace) -> int:
         console.print(f"wrote {args.json}")
     if args.plot:
         args.plot.mkdir(parents=True, exist_ok=True)
-        for path in plots.draw(races, args.plot, f"{facts['processor' if device == 'cpu' else 'GPU 0']}"):
+        for path in plots.draw(races, args.plot, processor):
             console.print(f"wrote {path}")
     return int(any(WRONG in race.left_out.get(name, "") for race in races for name in OPS[race.op].supports))
 
 
 def limit_line(limits: Limits) -> str:
     rates = ", ".join(f"{dtype_name(dtype)} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in limits.gemm.items())
-    return f"limits measured here: matrix product {rates}; copy {limits.copy / 1e9:.1f} GB/s"
+    return f"limits: matrix product {rates}; copy {limits.copy / 1e9:.1f} GB/s"
 
 
 def report(facts: dict, device: str, limits: Limits, races: list[Race], absent: dict[str, str]) -> dict:

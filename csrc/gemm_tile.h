@@ -60,13 +60,6 @@ void gemm_tile(int64_t depth, const typename P::Unit* a, int64_t lda, const type
   using Unit = typename P::Unit;
   constexpr int W = lanes<Acc>;
   Vec<Acc> acc[ROWS][VECTORS] = {};
-  if (accumulate) {
-    PK_UNROLL
-    for (int r = 0; r < ROWS; ++r) {
-      PK_UNROLL
-      for (int v = 0; v < VECTORS; ++v) acc[r][v] = load<Vec<Acc>>(c + r * ldc + v * W);
-    }
-  }
   for (int64_t k = 0; k < depth; ++k) {
     Vec<Unit> bk[VECTORS];
     PK_UNROLL
@@ -78,12 +71,14 @@ void gemm_tile(int64_t depth, const typename P::Unit* a, int64_t lda, const type
       for (int v = 0; v < VECTORS; ++v) acc[r][v] = P::multiply_add(ak, bk[v], acc[r][v]);
     }
   }
-  // Recompute the addresses of c: kept over the loop, 24 of them spill.
-  asm("" : "+r"(c), "+r"(ldc));
+  // Old values are added last, so that a long sum over many calls is one of short sums.
   PK_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     PK_UNROLL
-    for (int v = 0; v < VECTORS; ++v) store(c + r * ldc + v * W, acc[r][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      Acc* to = c + r * ldc + v * W;
+      store(to, accumulate ? load<Vec<Acc>>(to) + acc[r][v] : acc[r][v]);
+    }
   }
 }
 
@@ -109,18 +104,19 @@ void gemm_rows(int64_t vectors, int64_t depth, const typename P::Unit* a, int64_
 template <class P>
 void gemm(int64_t rows, int64_t vectors, int64_t depth, const typename P::Unit* a, int64_t lda,
           const typename P::Unit* b, int64_t ldb, typename P::Acc* c, int64_t ldc, bool accumulate) {
+  // Sums of at most 64 products, for accuracy: a running sum of 256 has twice the rounding error.
+  for (; depth > 64; depth -= 64, a += 64, b += 64 * ldb, accumulate = true)
+    gemm<P>(rows, vectors, 64, a, lda, b, ldb, c, ldc, accumulate);
   if (rows > 4) gemm_rows<P, 6>(vectors, depth, a, lda, b, ldb, c, ldc, accumulate);
   else if (rows > 2) gemm_rows<P, 4>(vectors, depth, a, lda, b, ldb, c, ldc, accumulate);
   else if (rows == 2) gemm_rows<P, 2>(vectors, depth, a, lda, b, ldb, c, ldc, accumulate);
   else gemm_rows<P, 1>(vectors, depth, a, lda, b, ldb, c, ldc, accumulate);
 }
 
-// Memory latency is hidden by asking for rows this far ahead of the one being read. The hardware's prefetcher alone
-// loses a stream at every change between keys, values and arithmetic.
-#ifndef PB
-#define PB 8192
-#endif
-constexpr int64_t PREFETCH_BYTES = PB;
+// Memory latency is hidden by asking for rows this far ahead of the one being read: the hardware's prefetcher alone
+// loses a stream at every change between keys, values and arithmetic. One Zen 5 core packing from memory: 20 GB/s,
+// against 10 without and 16 with 2 or 32 KiB.
+constexpr int64_t PREFETCH_BYTES = 8192;
 
 template <class Storage>
 PK_INLINE void prefetch_row(const Storage* row, int64_t n) {
@@ -138,18 +134,18 @@ template <class P, class Storage>
 void copy_row(const Storage* row, int64_t stride, int64_t n, typename P::Unit* out, int64_t width) {
   // What an element becomes; two bf16 elements in order are one unit.
   using Element = std::conditional_t<P::depth == 2, Storage, typename P::Unit>;
+  constexpr bool as_is = std::is_same_v<Element, Storage>;
+  constexpr int step = as_is ? PK_VECTOR_BYTES / sizeof(Element) : lanes<typename P::Acc>;
   auto* to = reinterpret_cast<Element*>(out);
   int64_t i = 0;
   if (stride == 1) {
-    if constexpr (std::is_same_v<Element, Storage>) {
-      std::memcpy(static_cast<void*>(to), row, n * sizeof(Storage));
-      i = n;
-    } else {
-      for (; i + lanes<Element> <= n; i += lanes<Element>) store(to + i, load_as<Element>(row + i));
+    for (; i + step <= n; i += step) {
+      if constexpr (as_is) store(to + i, load<Vec<uint8_t>>(row + i));
+      else store(to + i, load_as<Element>(row + i));
     }
   }
   for (; i < n; ++i) to[i] = static_cast<Element>(row[i * stride]);
-  std::memset(static_cast<void*>(to + n), 0, (width * P::depth - n) * sizeof(Element));
+  for (; i < width * P::depth; ++i) to[i] = static_cast<Element>(0);
 }
 
 // Units of scratch that the two packers need for rows of n elements.
@@ -158,7 +154,14 @@ constexpr int64_t stage_units(int64_t n) {
   return lanes<typename P::Acc> * round_up(n, lanes<typename P::Acc>);
 }
 
-// out: [ceil(n / depth)][columns] from rows 0 .. count-1 of n elements each; column j is row(j), zero from count on.
+// Whether memory of the storage type is units as it stands.
+template <class P, class Storage>
+constexpr bool holds_units(const Storage*) {
+  return std::is_same_v<Storage, typename P::Unit> || P::depth > 1;
+}
+
+// out: [ceil(n / depth)][columns] from rows 0 .. count-1 of n elements each; column j is row(j). Columns past count are
+// zero up to a whole vector, then left alone.
 // columns: a multiple of the lanes. stage: scratch of stage_units(n), 64-byte aligned.
 template <class P, class Rows>
 void pack_transposed(const Rows& row, int64_t stride, int64_t count, int64_t n, typename P::Unit* out,
@@ -167,18 +170,25 @@ void pack_transposed(const Rows& row, int64_t stride, int64_t count, int64_t n, 
   constexpr int W = lanes<Unit>;
   int64_t units = ceil_div(n, P::depth), width = round_up(units, W);
   int64_t ahead = rows_ahead(row, n);
-  for (int64_t j0 = 0; j0 < columns; j0 += W) {
+  // Rows that already are whole vectors of units are read in place.
+  bool in_place = holds_units<P>(row(0)) && stride == 1 && n % (W * P::depth) == 0;
+  for (int64_t j0 = 0; j0 < count; j0 += W) {
+    const void* source[W];
     for (int64_t j = 0; j < W; ++j) {
-      if (j0 + j < count) {
-        if (stride == 1) prefetch_row(row(j0 + j + ahead), n);
-        copy_row<P>(row(j0 + j), stride, n, stage + j * width, width);
+      Unit* staged = stage + j * width;
+      source[j] = staged;
+      if (j0 + j >= count) {
+        std::memset(staged, 0, width * sizeof(Unit));
+        continue;
       }
-      else std::memset(stage + j * width, 0, width * sizeof(Unit));
+      if (stride == 1) prefetch_row(row(j0 + j + ahead), n);
+      if (in_place) source[j] = row(j0 + j);
+      else copy_row<P>(row(j0 + j), stride, n, staged, width);
     }
     for (int64_t k0 = 0; k0 < units; k0 += W) {
       Vec<Unit> square[W];
       PK_UNROLL
-      for (int j = 0; j < W; ++j) square[j] = load<Vec<Unit>>(stage + j * width + k0);
+      for (int j = 0; j < W; ++j) square[j] = load<Vec<Unit>>(static_cast<const Unit*>(source[j]) + k0);
       transpose<Unit>(square);
       PK_UNROLL
       for (int k = 0; k < W; ++k)
@@ -212,6 +222,82 @@ void pack_rows(const Rows& row, int64_t stride, int64_t count, int64_t n, typena
         store(out + (j / 2) * width + c, low | high << 16);
       }
     }
+  }
+}
+
+// s[j] = q · key[j] for W = lanes keys that are read in place: for so few rows of q that packing would cost more.
+// q, key[j]: [units], a multiple of W.
+template <class P>
+void dot_rows(const typename P::Unit* q, const void* const (&key)[lanes<typename P::Acc>], int64_t units,
+              typename P::Acc* s) {
+  using Acc = typename P::Acc;
+  using Unit = typename P::Unit;
+  constexpr int W = lanes<Acc>;
+  Vec<Acc> sums[W] = {};
+  for (int64_t u = 0; u < units; u += W) {
+    auto qu = load<Vec<Unit>>(q + u);
+    PK_UNROLL
+    for (int j = 0; j < W; ++j)
+      sums[j] = P::multiply_add(qu, load<Vec<Unit>>(static_cast<const Unit*>(key[j]) + u), sums[j]);
+  }
+  // Lane sums across: transposed, they are sums of vectors, added in halves.
+  transpose<Acc>(sums);
+  PK_UNROLL
+  for (int n = W / 2; n > 0; n /= 2) {
+    PK_UNROLL
+    for (int j = 0; j < n; ++j) sums[j] += sums[j + n];
+  }
+  store(s, sums[0]);
+}
+
+// c: [ROWS][VECTORS * lanes] += aᵀ · b with a: [depth][ROWS], b: [depth][VECTORS * lanes]
+template <class P, int ROWS, int VECTORS>
+void gemm_tile_columns(int64_t depth, const typename P::Unit* a, int64_t lda, const typename P::Unit* b, int64_t ldb,
+                       typename P::Acc* c, int64_t ldc) {
+  using Acc = typename P::Acc;
+  using Unit = typename P::Unit;
+  constexpr int W = lanes<Acc>;
+  Vec<Acc> acc[ROWS][VECTORS] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<Unit> bk[VECTORS];
+    PK_UNROLL
+    for (int v = 0; v < VECTORS; ++v) bk[v] = load<Vec<Unit>>(b + k * ldb + v * W);
+    PK_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      Vec<Unit> ak = broadcast(a[k * lda + r]);
+      PK_UNROLL
+      for (int v = 0; v < VECTORS; ++v) acc[r][v] = P::multiply_add(ak, bk[v], acc[r][v]);
+    }
+  }
+  PK_UNROLL
+  for (int r = 0; r < ROWS; ++r) {
+    PK_UNROLL
+    for (int v = 0; v < VECTORS; ++v) {
+      Acc* to = c + r * ldc + v * W;
+      store(to, load<Vec<Acc>>(to) + acc[r][v]);
+    }
+  }
+}
+
+// c: [rows][vectors * lanes] += aᵀ · b with a: [depth][rows], b: [depth][vectors * lanes], at most TILE_ROWS rows: the
+// product with the transpose of a tile, which stays as it was made. a and c have room for TILE_ROWS rows.
+template <class P>
+void gemm_columns(int64_t rows, int64_t vectors, int64_t depth, const typename P::Unit* a, int64_t lda,
+                  const typename P::Unit* b, int64_t ldb, typename P::Acc* c, int64_t ldc) {
+  constexpr int W = lanes<typename P::Acc>;
+  auto tile = [&](auto width) {
+    if (rows > 4) gemm_tile_columns<P, TILE_ROWS, width>(depth, a, lda, b, ldb, c, ldc);
+    else gemm_tile_columns<P, 4, width>(depth, a, lda, b, ldb, c, ldc);
+  };
+  for (int64_t tiles = ceil_div(vectors, TILE_VECTORS); tiles > 0; --tiles) {
+    int64_t width = ceil_div(vectors, tiles);
+    if constexpr (TILE_VECTORS == 4) {
+      if (width == 4) tile(std::integral_constant<int, 4>{});
+      if (width == 3) tile(std::integral_constant<int, 3>{});
+    }
+    if (width == 2) tile(std::integral_constant<int, 2>{});
+    if (width == 1) tile(std::integral_constant<int, 1>{});
+    vectors -= width, b += width * W, c += width * W;
   }
 }
 

@@ -78,6 +78,7 @@ def launch(target, kernel, *args, **options):
     with recorder.recording(target) as launches:
         kernel[(1,)](*args, **options)
     (only,) = launches
+    only.intensity = 1.0  # as if of a workload: a test's sample may be loaded by narrow loads
     return only
 
 
@@ -151,17 +152,24 @@ def test_half_precision_dot_is_on_the_tensor_cores(target, instruction):
     assert row.in_loop
     assert all(opcode.startswith(instruction) for opcode in row.tensor)
     assert row.flops == 2 * 64**3  # of one pass: no loop is unrolled here
+    assert row.repeated == (None if target == "sm_100" else 1)
     assert row.dots == ["f16"]
     assert failed(row) == []  # the row of `scale` is narrow, but there is no more of it
 
 
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
-def test_exact_dot(target):
-    row = multiply(target, torch.float32, BLOCK_K=32, num_stages=3)
+@pytest.mark.parametrize(("target", "side"), [("sm_80", 32), ("gfx942", 64)])  # of four waves each needs 32 × 32
+def test_exact_dot(target, side):
+    row = multiply(target, torch.float32, M=side, N=side, BLOCK_K=32, num_stages=3)
     assert row.dots == ["f32 ieee"]
     assert failed(row) == []
     assert bool(row.tensor) == (target == "gfx942")  # AMD has exact fp32 matrix instructions
-    assert row.flops == 2 * 64 * 64 * 32
+    assert row.flops == 2 * side * side * 32
+
+
+def test_repeated_work():
+    row = multiply("gfx942", torch.float16, M=32, N=32)  # one wave's worth of tile for four
+    assert row.flops == 4 * 2 * 32 * 32 * 64
+    assert row.repeated == 4
 
 
 def test_half_precision_dot_that_misses():
@@ -184,6 +192,9 @@ def test_narrow_loads_are_named_by_line(target):
     (_, what), *_ = row.failures
     inner, outer = (inspect.getsourcelines(kernel.fn)[1] for kernel in (read, gather))
     assert f"a tile of 4096 is loaded 2 bytes a lane in a loop (line {inner + 2}, from line {outer + 5})" in what
+    odd_sample = launch(target, gather, x, z, 1 << 14, 2, 4096)
+    odd_sample.intensity = None
+    assert measure.inspect(odd_sample).failures == []
 
 
 def test_kernels_declare_exceptions_as_data():
@@ -199,13 +210,13 @@ def test_spill():
     assert row.registers <= 64
     assert row.spilled > 0
     assert row.stack > 0
-    row = multiply("gfx942", torch.float32, M=256, N=256, BLOCK_K=16, num_warps=1)
+    row = multiply("gfx942", torch.float16, M=256, N=128, BLOCK_K=16, num_warps=1)
     assert "spill" in failed(row)
     assert row.local_bytes > 0
 
 
 def test_shared_memory_over_the_limit():
-    options = dict(M=128, N=128, num_stages=4)  # (4 − 1) stages of 2 · 128 · 64 · 2 bytes, and more
+    options = dict(M=128, N=128, num_stages=5)  # 5 − 1 buffers of 2 · 128 · 64 · 2 bytes
     assert "shared memory" not in failed(multiply("sm_80", torch.float16, **options))
     row = multiply("sm_86", torch.float16, **options)
     assert "shared memory" in failed(row)
@@ -365,7 +376,11 @@ def test_tiles_and_dots_of_the_source():
     assert tiles[(first + 7,)] == ir.Tile((16, 32), 4)
     assert tiles[(first + 8,)].lane_bytes(128) == 0.5
     assert ir.tile_at(tiles, (first + 6, 99)) == tiles[(first + 6,)]
-    assert ir.dots(ttir) == [ir.Dot("f32", "ieee")]
+    (dot,) = ir.dots(ttir)
+    assert (dot.dtype, dot.precision, dot.flops) == ("f32", "ieee", 2 * 64 * 32 * 16)
+    assert "scf.for" in ttir.splitlines()[dot.loop]
+    outside = launch("gfx942", two_products, x.half(), x, 64, 16).compile().asm["ttir"]
+    assert [(dot.flops, dot.loop) for dot in ir.dots(outside)] == [(2 * 64**3, None), (2 * 16 * 64 * 64, None)]
 
 
 # ------------------------------------------------------------------------------------------------ end to end

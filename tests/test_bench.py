@@ -5,12 +5,12 @@ import time
 
 import pytest
 import torch
-from pykernels.bench.peers import sdpa
 from toy import declared, softmax_scale
 
 from pykernels import OPS
 from pykernels.__main__ import main
 from pykernels.bench import measure
+from pykernels.bench.peers import sdpa
 from pykernels.check import Expected
 
 
@@ -53,10 +53,12 @@ def test_calls_take_turns_and_the_hopeless_drop_out():
     def call(name, seconds):
         return lambda: (order.append(name), time.sleep(seconds))
 
-    times = measure.Clock("cpu").race({"a": call("a", 0.002), "b": call("b", 0.002), "c": call("c", 0.03)}, 0.2)
+    seconds = {"a": 0.002, "b": 0.002, "c": 0.03, "d": 9.0}
+    times = measure.Clock("cpu").race({name: call(name, seconds[name]) for name in seconds}, seconds, 0.2)
     assert order[:9] == ["a", "b", "c"] * 3
     assert len(times["c"]) == measure.SETTLED
     assert len(times["a"]) == len(times["b"]) > measure.SETTLED
+    assert times["d"] == [9.0]
 
 
 def test_peak_memory_sees_scratch():

@@ -56,7 +56,7 @@ def compare_or_skip(*args, **kwargs):
 
 @over()
 def test_values_and_gradients(op, dtype, sample):
-    holds(compare_or_skip(op, sample.make(dtype, "cpu"), BACKEND, poison=True))
+    holds(compare_or_skip(op, sample.make(dtype, "cpu"), BACKEND, slack=sample.slack))
 
 
 def restride(tensor):
@@ -72,7 +72,7 @@ def restride(tensor):
 @over(dtypes=("fp32", "bf16"), samples=lambda op: op.samples[:: 5 if INTERPRET else 1])
 def test_strided_inputs(op, dtype, sample):
     inputs = {name: restride(value) for name, value in sample.make(dtype, "cpu").items()}
-    holds(compare_or_skip(op, inputs, BACKEND))
+    holds(compare_or_skip(op, inputs, BACKEND, slack=sample.slack))
 
 
 def differentiable(op, sample):
@@ -83,7 +83,9 @@ def differentiable(op, sample):
     def function(*tensors):
         torch.manual_seed(1)  # random ops draw the same seed at every evaluation
         with pk.use_backend(BACKEND):
-            return op.function(**inputs | dict(zip(names, tensors)))
+            outputs = op.function(**inputs | dict(zip(names, tensors)))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(out.masked_fill(out.isinf(), 0) for out in outputs)  # inf − inf has no finite difference
 
     return function, [inputs[name].contiguous().requires_grad_() for name in names]
 

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..registry import INTERPRET, OPS, BackendDeclined, list_ops
 from . import report
 from .measure import Row, blank, inspect
-from .model import GPUS, known
+from .model import GPUS
 from .recorder import Launch, record
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -51,11 +51,10 @@ def audit(
     """
     if INTERPRET:
         raise RuntimeError("the audit compiles kernels, which TRITON_INTERPRET=1 prevents: unset it")
-    targets = known(GPUS if targets is None else targets)
-    names = list_ops() if ops is None else list(ops)
-    for name in names:
-        if name not in OPS:
-            raise ValueError(f"op: expected one of {', '.join(list_ops())}, got {name!r}")
+    names, targets = list(list_ops() if ops is None else ops), list(GPUS if targets is None else targets)
+    for what, asked, known in (("op", names, list_ops()), ("target", targets, list(GPUS))):
+        if unknown := [name for name in asked if name not in known]:
+            raise ValueError(f"{what}: expected one of {', '.join(known)}, got {unknown[0]!r}")
     names = [name for name in names if "triton" in OPS[name].supports]
     launches, rows = _record_all(names, targets, dtypes, samples, track)
     rows += _inspect_all(launches, os.cpu_count() if jobs is None else jobs, track)
@@ -70,7 +69,7 @@ def _record_all(
     plan = [
         (OPS[name], sample, dtype)
         for name in names
-        for sample in (*OPS[name].workloads, *(OPS[name].samples if samples or not OPS[name].workloads else ()))
+        for sample in (*OPS[name].workloads, *(OPS[name].samples if samples else ()))
         for dtype in dtypes
         if dtype in OPS[name].dtypes
     ]
@@ -80,6 +79,7 @@ def _record_all(
         try:
             for launch in record(op, sample, dtype, targets):
                 first = launches.setdefault(launch.key, launch)
+                first.intensity = launch.intensity if first.intensity is None else first.intensity
                 if sample.label not in first.inputs:
                     first.inputs.append(sample.label)
         except BackendDeclined:
@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs the audit and prints it; 1 if anything failed, 2 if it cannot run."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=180)
+        console = Console(width=170)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     dtypes = [dtype for dtype in DTYPES if args.dtype is None or _name(dtype) in args.dtype]
     try:
@@ -148,7 +148,7 @@ def main(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError) as error:
         console.print(f"[red]{error}[/]")
         return 2
-    report.show([row for row in rows if row.failures] if args.failures else rows, console)
+    report.show(rows, console, args.failures)
     if args.json:
         report.write(rows, args.json)
     return int(any(row.failures for row in rows))

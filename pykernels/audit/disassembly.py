@@ -193,6 +193,7 @@ class Counts:
     global_bytes: float = 0.0
     loaded_bytes: float = 0.0
     local_bytes: float = 0.0  # spilled registers and stack
+    bulk: set[tuple[int, ...]] = field(default_factory=set)  # lines of bulk copies, whose size SASS does not tell
     loads: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # (bytes a lane, source lines) from global
 
     def __getitem__(self, kind: str) -> int:
@@ -224,7 +225,8 @@ def count(instructions: Iterable[Instruction], lanes: int, shapes: Iterable[tupl
             continue
         if base.startswith(("UTMALDG", "UBLKCP")):
             counts.copies += 1
-            counts.kinds["bulk copy"] += 1
+            counts.memory[base] += 1
+            counts.bulk.add(instruction.lines)
         elif base in ("SHFL", "LDS", "STS", "LDSM", "STSM") or base.startswith("ds_"):
             counts.kinds["shared memory"] += 1
             broadcast = base == "LDS" and not re.search(r"(?<![UZ])R\d", operands.split("[")[-1])

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 
 HALF = ("f16", "bf16")
 _BYTES = {"i1": 1, "i8": 1, "f8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8, "f64": 8}
-_LOAD = re.compile(r"(?:tt\.load|async_copy_global_to_local) .*?: (?:tensor<((?:\d+x)+))?!tt\.ptr<(\w+).* loc\((.*)\)$")
+_LOAD = re.compile(
+    r"(?:tt\.load|async_copy_global_to_local) .*?: (?:tensor<((?:\d+x)+))?!tt\.ptr<(\w+).* loc\((.*)\)$"
+    r"|tt\.descriptor_load .*-> tensor<((?:\d+x)+)(\w+).* loc\((.*)\)$"
+)
 
 
 @dataclass(frozen=True)
 class Dot:
     dtype: str  # of the operands
     precision: str  # "ieee", "tf32", …; "" for half precision
+    flops: int  # of the block
+    loop: int | None  # place of the innermost loop around it
 
 
 @dataclass(frozen=True)
@@ -24,21 +29,32 @@ class Tile:
     shape: tuple[int, ...]  # () for a scalar
     itemsize: int
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
     def lane_bytes(self, threads: int) -> float:
         """The widest load a lane that the tile allows: its share of the bytes, or its longest side if that is less."""
         if not self.shape:
             return self.itemsize
-        return min(math.prod(self.shape) * self.itemsize / threads, max(self.shape) * self.itemsize)
+        return min(self.bytes / threads, max(self.shape) * self.itemsize)
 
 
 def dots(ttir: str) -> list[Dot]:
     """Every tl.dot of the source."""
-    found = []
-    for line in ttir.splitlines():
-        if operands := re.search(r"tt\.dot(?:_scaled)? .*: tensor<(?:\d+x)+(\w+)", line):
-            half = operands[1] in HALF
+    found: list[Dot] = []
+    loops: list[tuple[str, int]] = []  # (closing line's beginning, place) of those around the present line
+    for place, line in enumerate(ttir.splitlines()):
+        if loops and line.startswith(loops[-1][0]):
+            loops.pop()
+        if "scf.for" in line or "scf.while" in line:
+            loops.append((" " * (len(line) - len(line.lstrip())) + "} loc", place))
+        if operands := re.search(r"tt\.dot .*: tensor<([\dx]+)x(\w+)> \* tensor<([\dx]+)x\w+>", line):
+            left, dtype, right = operands.groups()
             precision = re.search(r"inputPrecision = (\w+)", line)
-            found.append(Dot(operands[1], "" if half else precision[1] if precision else "ieee"))
+            named = "" if dtype in HALF else precision[1] if precision else "ieee"
+            flops = 2 * math.prod(map(int, left.split("x"))) * int(right.split("x")[-1])
+            found.append(Dot(dtype, named, flops, loops[-1][1] if loops else None))
     return found
 
 
@@ -59,9 +75,10 @@ def tiles(*texts: str) -> dict[tuple[int, ...], Tile]:
         aliases = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.MULTILINE))
         for line in text.splitlines():
             if found := _LOAD.search(line):
-                shape = tuple(int(size) for size in (found[1] or "").split("x") if size)
-                at, tile = _lines(found[3], aliases), Tile(shape, _BYTES.get(found[2], 1))
-                if at not in result or math.prod(tile.shape) > math.prod(result[at].shape):
+                sizes, dtype, place = found.groups()[3:] if found[4] else found.groups()[:3]
+                shape = tuple(int(size) for size in (sizes or "").split("x") if size)
+                at, tile = _lines(place, aliases), Tile(shape, _BYTES.get(dtype, 1))
+                if at not in result or tile.bytes > result[at].bytes:
                     result[at] = tile
     return result
 
@@ -78,12 +95,10 @@ def _lines(place: str, aliases: dict[str, str]) -> tuple[int, ...]:
     return (int(found[1]),) if found else ()
 
 
-def tile_at(tiles: dict[tuple[int, ...], Tile], lines: tuple[int, ...]) -> Tile:
-    """The tile loaded there; the largest of that source line where a compiler lost the calls, an endless one if all."""
-    if lines not in tiles:
-        same = [tile for at, tile in tiles.items() if lines and at[:1] == lines[:1]]
-        return max(same, key=lambda tile: math.prod(tile.shape), default=Tile((1 << 30,), 1))
-    return tiles[lines]
+def tile_at(tiles: dict[tuple[int, ...], Tile], lines: tuple[int, ...]) -> Tile | None:
+    """The tile loaded there; the largest of that source line where a compiler lost the calls."""
+    same = [tile for at, tile in tiles.items() if lines and at[:1] == lines[:1]]
+    return tiles.get(lines) or max(same, key=lambda tile: tile.bytes, default=None)
 
 
 def load_lines(ptx: str) -> dict[tuple[int, int | None, int], int]:

@@ -10,7 +10,6 @@ Left out: latency, barriers, bank conflicts, L2, partial waves, warp specialisat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .disassembly import Counts
@@ -63,13 +62,18 @@ class Estimate:
     clocks: dict[str, float]
 
 
+def ideal_tensor_clocks(loop: Counts, gpu: Gpu) -> float:
+    """Clocks of the loop's matrix instructions, by one issuer, at the best rate there is for their operands."""
+    return (loop.tensor_work - loop.tensor_full + loop.tensor_full / gpu.full) / gpu.tensor
+
+
 def estimate(loop: Counts, warps: int, gpu: Gpu, work: str) -> Estimate:
     """The speed of light of one pass of a loop by a block of that many warps; work: "tensor", "FMA" or "DRAM"."""
     issuers = 1 if loop.tensor_by_block else warps  # tcgen05: one thread starts an instruction for the whole block
-    newest = loop.tensor_work - loop.tensor_sync - loop.tensor_full
+    slowed = loop.tensor_sync * (1 / gpu.sync - 1) / gpu.tensor
     special = loop["mufu"] + loop["convert"]
     clocks = {
-        "tensor": issuers * (newest + loop.tensor_sync / gpu.sync + loop.tensor_full / gpu.full) / gpu.tensor,
+        "tensor": issuers * (ideal_tensor_clocks(loop, gpu) + slowed),
         "shared memory": (warps * loop.shared_bytes + issuers * loop.tensor_shared_bytes) / gpu.shared_rate,
     }
     if work == "DRAM":  # elsewhere blocks share what they read through L2
@@ -83,7 +87,7 @@ def estimate(loop: Counts, warps: int, gpu: Gpu, work: str) -> Estimate:
         clocks["FMA"] = warps * ((loop["fma"] + loop["arithmetic"]) * 32 / gpu.fma + loop["imad"] / 2)
         issued = loop.slots
     useful = {
-        "tensor": issuers * (loop.tensor_work - loop.tensor_full + loop.tensor_full / gpu.full) / gpu.tensor,
+        "tensor": issuers * ideal_tensor_clocks(loop, gpu),
         "FMA": warps * loop["fma"] * (1 if gpu.amd else 32 / gpu.fma),
         "DRAM": clocks.get("DRAM", 0.0),
     }[work]
@@ -101,12 +105,3 @@ def resident_warps(registers: int, shared: int, warps: int, gpu: Gpu) -> int:
     by_registers = 65536 // (registers * 32 * warps)
     by_shared = gpu.shared_unit // (shared + KIB)  # the system keeps a kilobyte a block
     return min(gpu.blocks, gpu.warps // warps, by_registers, by_shared) * warps
-
-
-def known(targets: Iterable[str]) -> list[str]:
-    """The targets, or ValueError for one that is not in the table."""
-    targets = list(targets)
-    for target in targets:
-        if target not in GPUS:
-            raise ValueError(f"target: expected one of {', '.join(GPUS)}, got {target!r}")
-    return targets

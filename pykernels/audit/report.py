@@ -15,36 +15,35 @@ from rich.table import Table
 from .measure import Row
 from .model import GPUS, KIB
 
-COLUMNS = {  # heading → the check that turns the cell red
-    "kernel": "compile",
-    "dtype": None,
-    "registers/\nspilled B": "spill",
-    "shared KiB": "shared memory",
-    "occu-\npancy": None,
-    "dots": "tensor cores",
-    "global memory": "narrow load",
-    "async\ncopies": "async copy",
-    "slots": None,
-    "MUFU": None,
-    "slots per\nkFLOP, kB": None,
-    "limited by": None,
-    "share over-\nlapped/serial": None,
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+COLUMNS = {  # heading → the checks that turn the cell red
+    "kernel": ("compile",),
+    "dtype": (),
+    "registers/\nspilled B": ("spill",),
+    "shared KiB,\noccupancy": ("shared memory",),
+    "dots": ("tensor cores",),
+    "global memory": ("narrow load", "async copy"),
+    "slots/\nMUFU": (),
+    "slots per\nkFLOP, kB": (),
+    "limited by": (),
+    "share over-\nlapped/serial": (),
 }
 
 
-def show(rows: list[Row], console: Console) -> None:
+def show(rows: list[Row], console: Console, only_failures: bool = False) -> None:
     """A table for each target, then the failures in words, then one line of summary."""
     for target, gpu in GPUS.items():
         alike: dict[tuple[str, ...], list[str]] = {}  # rows that differ in nothing but an argument's divisibility
         for row in rows:
-            if row.target == target:
+            if row.target == target and (row.failures or not only_failures):
                 alike.setdefault(tuple(_cells(row)), []).extend(row.inputs)
         if alike:
-            table = Table(title=f"{target} ({gpu.name}): one warp's pass of the hot loop", title_justify="left")
-            for heading in COLUMNS:
-                words = heading in ("kernel", "dtype", "limited by")
-                table.add_column(heading, justify="left" if words else "right")
-            table.columns[0].min_width = 40
+            title = f"{target} ({gpu.name}): one warp's pass of the hot loop. LDGSTS, UTMALDG: asynchronous copies"
+            table = Table(title=title, title_justify="left", show_lines=True)
+            table.add_column("kernel", min_width=36)
+            for heading in list(COLUMNS)[1:]:
+                words = heading in ("dtype", "dots", "global memory", "limited by")
+                table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "limited by")
             for (first, *cells), inputs in alike.items():
                 more = f" and {len(inputs) - 1} more" if len(inputs) > 1 else ""
                 table.add_row(f"{first}\n[dim]{escape(inputs[0])}{more}[/]", *cells)
@@ -64,36 +63,40 @@ def name(row: Row) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    failures, kernels = sum(len(row.failures) for row in rows), len({row.kernel for row in rows})
+    failures, kernels = sum(len(row.failures) for row in rows), len({row.kernel for row in rows if row.kernel})
     colour = "red" if failures else "green"
     return f"{kernels} kernels, {len(rows)} configurations, [{colour}]{failures} failures[/]"
 
 
 def _settings(row: Row) -> str:
+    if not row.warps:
+        return "(not compiled)"
     values = {**row.settings, "warps": row.warps, "stages": row.stages}
     return " ".join(key if value is True else f"{key}={value}" for key, value in values.items() if value is not False)
 
 
 def _cells(row: Row) -> list[str]:
     failed = {check for check, _ in row.failures}
-    units = ", ".join(f"{count} {opcode}" for opcode, count in row.tensor.items()) or "multiply-adds"
-    ratios = (row.slots_per_kflop, row.slots_per_kilobyte)
+    dots = [*row.dots, *(_counted(row.tensor) or ["multiply-adds"])] if row.dots else []
+    if row.repeated and row.repeated > 1:
+        dots.append(f"{row.repeated:.2g}× what was asked")
     cells = [
         f"{escape(row.kernel)} [dim]{escape(_settings(row))}[/]",
-        row.dtype,
+        SHORT.get(row.dtype, row.dtype),
         f"{row.registers}/{row.spilled}",
-        f"{row.shared / KIB:.0f} of {row.shared_limit / KIB:.0f}",
-        f"{row.occupancy:.0%}",
-        escape(f"{', '.join(row.dots)}: {units}" if row.dots else ""),
-        ", ".join(f"{count} {kind}" for kind, count in sorted(row.memory.items())) or "none",
-        str(row.copies or ""),
-        f"{row.slots}" if row.in_loop else f"{row.slots}\n(no loop)",
-        str(row.mufu),
-        ", ".join("–" if ratio is None else f"{ratio:.3g}" for ratio in ratios),
+        f"{row.shared / KIB:.0f} of {row.shared_limit / KIB:.0f}\n{row.occupancy:.0%}",
+        "\n".join(dots),
+        "\n".join(_counted(row.memory)) or "none",
+        f"{row.slots}/{row.mufu}" if row.in_loop else f"{row.slots}/{row.mufu}\n(no loop)",
+        "\n".join("–" if ratio is None else f"{ratio:.3g}" for ratio in (row.slots_per_kflop, row.slots_per_kilobyte)),
         row.limit,
         f"{row.share:.2f}/{row.serial:.2f}",
     ]
-    return [f"[bold red]{cell}[/]" if check in failed else cell for cell, check in zip(cells, COLUMNS.values())]
+    return [f"[bold red]{cell}[/]" if failed & set(checks) else cell for cell, checks in zip(cells, COLUMNS.values())]
+
+
+def _counted(counts: dict[str, int]) -> list[str]:
+    return [f"{count} {what}" for what, count in sorted(counts.items())]
 
 
 def write(rows: Iterable[Row], path: str) -> None:
