@@ -128,7 +128,9 @@ def test_any_combination_of_options(call):
         inputs["alibi_slopes"] = torch.rand(H)
     if call["lengths"]:
         inputs["key_lengths"] = torch.tensor(call["lengths"])
-    results = compare(OPS["attention"], inputs, BACKEND, poison=True)
+    # Hundreds of draws find those where eager is lucky; gradients that are sums over a broadcast dimension more so.
+    slack = 16 if call["alibi"] or call["bias"] else 3
+    results = compare(OPS["attention"], inputs, BACKEND, slack=slack)
     assert results
     assert all(result.ok for result in results), "\n".join(str(r) for r in results if not r.ok)
 

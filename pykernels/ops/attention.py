@@ -182,6 +182,8 @@ def _save_backward(ctx, inputs, output):
 
 def _double_backward(ctx, *cotangents):
     """Second order by composition: differentiate the gradient of the reference, which is itself differentiable."""
+    if all(cotangent is None for cotangent in cotangents):
+        return (None,) * 21
     grad_out, grad_lse, query, key, value, _, _, bias, slopes, lengths, cu_q, cu_k, seed = ctx.saved_tensors
     window_left, window_right, scale, softcap, dropout_p = ctx.scalars
 
@@ -217,7 +219,7 @@ def _double_backward(ctx, *cotangents):
                 allow_unused=True,
             )
         )
-    return *(None if t is None else next(second) for t in wanted), *[None] * 11
+    return *(None if t is None else next(second) for t in wanted), *[None] * 12
 
 
 def _triton(*arguments):
