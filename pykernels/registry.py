@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -268,7 +269,9 @@ def _share_cpu_key(name: str, run: Callable) -> None:
     def share(keyset, *args):
         return run(*args) if args[-1] == TRITON or kernel is None else kernel.call_boxed(keyset, *args)
 
-    _library.impl(name, share, "CPU", with_keyset=True, allow_override=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*verrid", category=UserWarning)  # it is meant
+        _library.impl(name, share, "CPU", with_keyset=True, allow_override=True)
 
 
 def refuse_forward_mode(name: str, tensors: Iterable[Any]) -> None:
