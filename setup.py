@@ -13,7 +13,7 @@ import platform
 import sys
 import sysconfig
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = pathlib.Path("csrc")
@@ -84,12 +84,8 @@ setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
     packages=[
-        "pykernels",
-        "pykernels.ops",
-        "pykernels.nn",
-        "pykernels.kernels",
-        "pykernels.bench",
-        "pykernels.bench.peers",
+        *find_packages(include=["pykernels*"]),
+        *("pykernels.kernels", "pykernels.bench", "pykernels.bench.peers"),
     ],
     package_dir={"pykernels.kernels": "kernels", "pykernels.bench": "bench"},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
