@@ -11,7 +11,7 @@ bench: $(INSTALLED)  ## our ops against their peers on this machine: tables, JSO
 
 test: $(INSTALLED)  ## everything; the interpreter's and the compiler's tests in processes of their own
 	$(BIN)/python -m pytest tests -n 2
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py -n 2 -k triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_attention.py -n 2
 
 audit: $(INSTALLED)  ## compile every GPU kernel for every target and judge the result; needs no GPU
 	$(BIN)/python -m pykernels audit --json bench-results/audit.json

@@ -70,18 +70,19 @@ def _locate(slot, own_cu_ptr, other_cu_ptr, S, steps, own, other, BLOCK: tl.cons
 @triton.jit
 def _tiles(first, last, count, before, after, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr):
     """Edges of three loops in steps of BLOCK over 0..count, for owned positions first..last that each see
-    [position − before, position + after]: tiles cut at the near end, tiles that all see whole, the rest."""
+    [position − before, position + after]: tiles cut at the near end, tiles that all see whole, the rest.
+    Every edge is a multiple of BLOCK that the compiler can tell: else a bias loads one element at a time."""
     low = 0
     high = count
     whole_low = 0
     whole_high = count
     if BEFORE:
         low = tl.maximum(first - before, 0) // BLOCK * BLOCK
-        whole_low = (tl.maximum(last - before, 0) + BLOCK - 1) // BLOCK * BLOCK
+        whole_low = tl.cdiv(tl.maximum(last - before, 0), BLOCK) * BLOCK
     if AFTER:
         high = tl.minimum(count, last + after + 1)
         whole_high = tl.minimum(count, first + after + 1)
-    high = tl.maximum(high, low)
+    high = tl.maximum(tl.cdiv(tl.maximum(high, 0), BLOCK) * BLOCK, low)
     whole_low = tl.minimum(whole_low, high)
     whole_high = tl.maximum(tl.maximum(whole_high, 0) // BLOCK * BLOCK, whole_low)
     return low, whole_low, whole_high, high
@@ -677,44 +678,32 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_10
 BULK_TARGETS = {"sm_90", "sm_100", "sm_120", "interpreter"}
 FAMILIES = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx90a": "mfma", "gfx942": "mfma", "gfx950": "mfma"}  # else "mma"
 
-# {family, or "fp32": {kernel: (BLOCK_M, BLOCK_N, num_warps, num_stages) for head dims up to 64, 128, 256}}, chosen by the
-# static audit: the highest share of the tensor peak among those that spill nothing with a two-sided window.
+# {table: {kernel: (BLOCK_M, BLOCK_N, num_warps, num_stages) for head dims up to 64, 128, 256}}, chosen by the static
+# audit: the highest share of the tensor peak among those that spill nothing with a two-sided window. A family's table
+# is for 2-byte inputs with windows and lengths only; bias, ALiBi, softcap and dropout cost registers, hence "scored".
 CONFIGS = {
-    "mma": {
-        "forward": ((128, 64, 4, 2), (128, 64, 8, 2), (32, 64, 4, 2)),
-        "decode": ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
-        "grad_q": ((128, 32, 4, 2), (128, 64, 8, 2), (32, 32, 4, 1)),
-        "grad_kv": ((64, 64, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1)),
-        "grad_bias": ((64, 64, 4, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
-    },
-    "wgmma": {
-        "forward": ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
-        "decode": ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
-        "grad_q": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
-        "grad_kv": ((64, 128, 8, 2), (64, 128, 8, 2), (64, 32, 8, 1)),
-        "grad_bias": ((64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
-    },
-    "tcgen05": {
-        "forward": ((128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 4, 1)),
-        "decode": ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
-        "grad_q": ((128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2)),
-        "grad_kv": ((128, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1)),
-        "grad_bias": ((64, 64, 4, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
-    },
-    "mfma": {
-        "forward": ((128, 64, 4, 2), (128, 32, 4, 2), (64, 32, 8, 2)),
-        "decode": ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
-        "grad_q": ((128, 32, 4, 2), (128, 32, 4, 2), (32, 32, 4, 1)),
-        "grad_kv": ((32, 64, 4, 2), (16, 64, 4, 1), (16, 64, 4, 1)),
-        "grad_bias": ((32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
-    },
-    "fp32": {
-        "forward": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-        "decode": ((16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        "grad_q": ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 16, 1)),
-        "grad_kv": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-        "grad_bias": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    },
+    "mma": {"forward": ((128, 32, 4, 2), (128, 64, 8, 2), (32, 64, 4, 2)),
+            "grad_q": ((128, 32, 4, 2), (128, 64, 8, 2), (32, 32, 4, 1)),
+            "grad_kv": ((64, 64, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1))},
+    "wgmma": {"forward": ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+              "grad_q": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+              "grad_kv": ((64, 128, 8, 2), (64, 128, 8, 2), (64, 32, 8, 1))},
+    "tcgen05": {"forward": ((128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 4, 1)),
+                "grad_q": ((128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2)),
+                "grad_kv": ((128, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1))},
+    "mfma": {"forward": ((128, 64, 4, 2), (128, 32, 4, 2), (64, 32, 8, 2)),
+             "grad_q": ((128, 32, 4, 2), (128, 32, 4, 2), (32, 32, 4, 1)),
+             "grad_kv": ((32, 64, 4, 2), (16, 64, 4, 1), (16, 64, 4, 1))},
+    "scored": {"forward": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 1)),
+               "decode": ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
+               "grad_q": ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
+               "grad_kv": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+               "grad_bias": ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1))},
+    "fp32": {"forward": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+             "decode": ((16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+             "grad_q": ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+             "grad_kv": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+             "grad_bias": ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1))},
 }
 
 
@@ -725,12 +714,15 @@ def _target():
     return f"sm_{target.arch}" if target.backend == "cuda" else target.arch.split(":")[0]
 
 
-def _config(kernel, query, value):
+def _config(kernel, query, value, scored=True, packed=False):
     """-> (BLOCK_M, BLOCK_N), launch options"""
     if INTERPRETED:  # any size is right there: small ones meet more edges on small inputs
         return (16, 16), {}
     dim = max(query.shape[3], value.shape[3])
-    table = CONFIGS["fp32" if query.dtype.itemsize == 4 else FAMILIES.get(_target(), "mma")]
+    family = FAMILIES.get(_target(), "mma")
+    if family == "mma" and (packed or dim not in (64, 128, 256)):  # its best tiles have no register to spare
+        scored = True
+    table = CONFIGS["fp32" if query.dtype.itemsize == 4 else "scored" if scored else family]
     *blocks, warps, stages = table[kernel][0 if dim <= 64 else 1 if dim <= 128 else 2]
     return tuple(blocks), {"num_warps": warps, "num_stages": stages}
 
@@ -745,12 +737,13 @@ def _broadcast(tensor):
 
 
 def _bulk(rows, *tensors):
-    """-> (the tensors, as descriptors of [rows, D] tiles where target and layouts allow it; whether they do)"""
+    """-> (the tensors, as descriptors of [rows, D] tiles where target and layouts allow it; whether they do).
+    fp32's exact products take operands from registers, which pointers fill better: no spill instead of 500 bytes."""
     def strides(t):
         return [16 if n == 1 else s for n, s in zip(t.shape[:3], t.stride())]
 
     bulk = _target() in BULK_TARGETS and all(
-        t.stride(3) == 1 and t.data_ptr() % 16 == 0 and t.numel() > 0
+        (t.dtype.itemsize == 2 or INTERPRETED) and t.stride(3) == 1 and t.data_ptr() % 16 == 0 and t.numel() > 0
         and all(s > 0 and s * t.dtype.itemsize % 16 == 0 for s in strides(t)) for t in tensors)
     if not bulk:
         return (*tensors, False)
@@ -758,14 +751,16 @@ def _bulk(rows, *tensors):
               for t in tensors), True)
 
 
-def _plan(query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed):
+def _plan(query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed, softcap=0.0):
     """-> (pack heads of a group into one tile?, splits of the keys, blocks, options) of the forward pass"""
     B, H, N, _ = query.shape
     Hk, M = key.shape[1], key.shape[2]
     if block_table is not None:
         M *= block_table.shape[1]
     few = N <= 64 and cu_seqlens_q is None
-    (block_m, block_n), options = _config("decode" if few else "forward", query, value)
+    scored = few or softcap > 0 or any(x is not None for x in (bias, alibi_slopes, seed))
+    kernel = "decode" if few else "forward"
+    (block_m, block_n), options = _config(kernel, query, value, scored, cu_seqlens_q is not None)
     if not few or not H:
         return False, 1, (block_m, block_n), options
     pack = Hk < H and bias is None and alibi_slopes is None and seed is None
@@ -818,7 +813,7 @@ def forward(query, key, value, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu
     if B * H * N == 0:
         return
     pack, splits, (block_m, block_n), options = _plan(
-        query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed)
+        query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed, softcap)
     group = H // Hk
     S, steps, blocks = _packed(N * group if pack else N, block_m, cu_seqlens_q)
     windows, dropout, sides = _masks(query, M, window_left, window_right, dropout_p)
@@ -850,6 +845,7 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes
     Hk, M, DV = key.shape[1], key.shape[2], value.shape[3]
     group = H // Hk if Hk else 1
     lse2, delta = scratch
+    scored = softcap > 0 or any(x is not None for x in (bias, alibi_slopes, seed))
     windows, dropout, sides = _masks(query, M, window_left, window_right, dropout_p)
     extras = bias, alibi_slopes, key_lengths
     strides = (query.stride(), key.stride(), value.stride(), _broadcast(bias), _broadcast(alibi_slopes),
@@ -857,7 +853,7 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes
     scalars = *windows, scale, softcap, *dropout
     constants = D, DV, _padded(D), _padded(DV), *sides, softcap > 0
     if B * H * N:
-        (block_m, block_n), options = _config("grad_q", query, value)
+        (block_m, block_n), options = _config("grad_q", query, value, scored, cu_seqlens_q is not None)
         S, steps, blocks = _packed(N, block_m, cu_seqlens_q)
         k, v, bulk = _bulk(block_n, key, value)
         _grad_q[(blocks * B * H,)](
@@ -866,7 +862,7 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes
             grad_query.stride(), H, group, N, M, S, steps, blocks, *scalars, *constants, bulk, block_m, block_n,
             **options)
     if B * Hk * M:
-        (block_m, block_n), options = _config("grad_kv", query, value)
+        (block_m, block_n), options = _config("grad_kv", query, value, scored, cu_seqlens_q is not None)
         S, steps, blocks = _packed(M, block_n, cu_seqlens_k)
         q, do, bulk = _bulk(block_m, query, grad_out)
         _grad_kv[(blocks * B * Hk,)](

@@ -462,3 +462,17 @@ def test_a_compiler_that_dies_names_its_victim(tmp_path, monkeypatch):
     rows = audit._inspect_all([dead, alive], 1, lambda label, items: items)
     del sys.modules["deadly"]
     assert [failed(row) for row in rows] == [["compile"], []]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_attention_as_it_is_shipped(target):
+    """Forward and backward of the commonest sizes; `make audit` compiles every configuration for every target."""
+    op = registry.OPS["attention"]
+    works = [work for work in op.workloads if "D64 causal" in work.label or "D128 causal" in work.label]
+    launches = {launch.key: launch for work in works for launch in recorder.record(op, work, torch.bfloat16, [target])}
+    rows = [measure.inspect(launch) for launch in launches.values()]
+    assert {row.kernel for row in rows} >= {"_forward", "_grad_q", "_grad_kv"}
+    for row in rows:
+        assert not row.failures, f"{row.kernel} {row.settings}: {row.failures}"
+        assert row.spilled == 0, row.kernel
+        assert row.tensor, row.kernel

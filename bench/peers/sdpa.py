@@ -74,6 +74,8 @@ def decode_attention(
     if block_table is not None:
         key_cache, value_cache = (t[block_table].transpose(1, 2).flatten(2, 3) for t in (key_cache, value_cache))
     n, S = query.size(2), key_cache.size(2)
+    if n == 1 and window is None and bool((cache_lengths == S).all()):
+        return _sdpa(query, key_cache, value_cache, None, False, scale)  # one token sees all of a full cache
     column = torch.arange(S, device=query.device)
     lengths = cache_lengths.view(-1, 1, 1, 1)
     distance = (lengths - n + torch.arange(n, device=query.device)[:, None]) - column

@@ -611,23 +611,13 @@ def _check_softcap(softcap) -> float:
 
 
 def _dense(
-    B,
-    H,
-    N,
-    M,
-    D,
-    *,
-    Hk=None,
-    Dv=None,
-    bias=None,
-    slopes=None,
-    lengths=None,
-    layout="bhnd",
-    size=1.0,
-    shared=0.0,
+    B, H, N, M, D, *, Hk=None, Dv=None, bias=None, slopes=None, lengths=None, layout="bhnd", size=1.0, shift=None,
     **options,
-):
-    """make(dtype, device) for `attention`. bias: (kind, shape); slopes: shape; shared: ± what a row's scores share."""
+):  # fmt: skip
+    """make(dtype, device) for `attention`. bias: (kind, shape); slopes: shape; size: multiplies the query.
+
+    shift: (by row, by key): what their product adds to the scores.
+    """
 
     def make(dtype, device):
         def draw(heads, length, width):
@@ -640,9 +630,8 @@ def _dense(
             return torch.randn(B, heads, length, width, dtype=dtype, device=device)
 
         inputs = dict(query=size * draw(H, N, D), key=draw(Hk or H, M, D), value=draw(Hk or H, M, Dv or D), **options)
-        if shared:
-            inputs["query"][..., 0] = shared * (1 - 2 * (torch.arange(N, device=device) % 2))
-            inputs["key"][..., 0] = 1
+        if shift is not None:
+            inputs["query"][..., 0], inputs["key"][..., 0] = (f.to(device) for f in shift)
         statistics = _statistics_dtype(inputs["query"])
         if bias is not None:
             kind, shape = bias
@@ -707,8 +696,11 @@ def _cached(B, H, n, S, D, lengths, *, Hk=None, Dv=None, page=None, **options):
 _ROW_SUMS = 16.0
 # The slopes' gradients are a handful of numbers, each a sum of thousands: eager's error there is a matter of luck.
 _FEW_SUMS = 4.0
-# Triton's interpreter has no fused multiply-add: it rounds an exponent of 1e4 twice where a GPU and the CPU do once.
+# Triton's interpreter has no fused multiply-add: it rounds a large exponent twice where a GPU and the CPU do once.
 _NO_FMA = 4.0 if INTERPRET else 1.0
+
+_LARGE = (1e4 * (-1.0) ** torch.arange(40), torch.ones(70))
+_GROWING = (torch.ones(20), torch.linspace(0, 35, 300))  # the running maximum rises with every tile
 
 # Where softmax cannot move (one key, a bias that shifts whole rows) the exact gradient is 0 and any rounding error is
 # infinitely large beside it: those samples take lse along, whose gradient is not.
@@ -752,7 +744,8 @@ _attention_samples = [
     Sample("lse of masked rows", _dense(2, 2, 40, 30, 24, return_lse=True, causal=True, lengths=(0, 12))),
     Sample("dropout", _dense(2, 2, 45, 70, 16, dropout_p=0.3)),
     Sample("dropout, grouped, causal", _dense(1, 4, 45, 70, 16, Hk=2, dropout_p=0.1, causal=True, return_lse=True)),
-    Sample("scores of ±1e4", _dense(1, 2, 40, 70, 16, shared=1e4, scale=1.0), _NO_FMA),
+    Sample("scores of ±1e4", _dense(1, 2, 40, 70, 16, shift=_LARGE, scale=1.0), _NO_FMA),
+    Sample("scores that grow along the keys", _dense(1, 2, 20, 300, 16, shift=_GROWING, scale=1.0), _NO_FMA),
     Sample("heads inside", _dense(2, 3, 40, 70, 16, layout="bnhd", causal=True)),
     Sample("expanded", _dense(3, 2, 40, 70, 16, layout="expanded")),
     Sample("strided head dim", _dense(2, 2, 40, 70, 16, layout="dmajor", causal=True)),
