@@ -700,7 +700,7 @@ _FEW_SUMS = 4.0
 _NO_FMA = 4.0 if INTERPRET else 1.0
 
 _LARGE = (1e4 * (-1.0) ** torch.arange(40), torch.ones(70))
-_GROWING = (torch.ones(20), torch.linspace(0, 35, 300))  # the running maximum rises with every tile
+_GROWING = (torch.full((20,), 35.0), torch.linspace(0, 1, 300))  # the running maximum rises with every tile
 
 # Where softmax cannot move (one key, a bias that shifts whole rows) the exact gradient is 0 and any rounding error is
 # infinitely large beside it: those samples take lse along, whose gradient is not.
