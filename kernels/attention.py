@@ -533,7 +533,8 @@ def _grad_kv(
         delta_ptr, dk_ptr, dv_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides,
         dk_strides, dv_strides, H, GROUP, N, M, S, steps, blocks, left, right, scale, softcap, threshold, inv_keep,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
-        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BULK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BULK: tl.constexpr, GQA: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr):
     ACC: tl.constexpr = lse2_ptr.dtype.element_ty
     EXACT: tl.constexpr = k_ptr.dtype.element_ty == tl.float32
     FOREIGN: tl.constexpr = cu_q_ptr is not None
@@ -563,36 +564,37 @@ def _grad_kv(
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
-    for g in range(GROUP):
-        h = hk * GROUP + g
-        row = (b.to(tl.int64) * H + h) * N + q_first
-        slope = _load_slope(slopes_ptr, b, h, slopes_strides)
-        for phase in tl.static_range(0 if RIGHT else 1, 3):
-            for start in tl.range(edges[phase], edges[phase + 1], BLOCK_M):
-                i = start + tl.arange(0, BLOCK_M)
-                p = i + offset
-                limit = n if phase != 1 else None
-                q = _stream(q_ptr, b, h, q_first, start, i, limit, q_strides, D, BLOCK_D, BULK, FOREIGN)
-                do = _stream(do_ptr, b, h, q_first, start, i, limit, do_strides, DV, BLOCK_DV, BULK, FOREIGN)
-                s = _products(k, q, ACC)  # [BLOCK_N, BLOCK_M]
-                bias = None
-                if bias_ptr is not None:
-                    bias_base = _base(bias_ptr, b, h, 0, bias_strides)
-                    bias = _load_bias(bias_base, i[None, :], j[:, None], n, length, bias_strides, phase != 1)
-                s, slack = _scores(s, p[None, :], j[:, None], bias, slope, i[None, :], low[:, None], _rows(high),
-                                   scale, softcap, SOFTCAP, EXACT, phase != 1)
-                keep = None
-                if seed_ptr is not None:
-                    keep = tl.trans(_keep(seed_ptr, i, block * BLOCK_N, b * H + h, threshold, BLOCK_N))
-                lse = _load_rows(lse2_ptr + row, i, limit, float("inf"))  # [BLOCK_M]
-                prob = _probabilities(s, lse[None, :], bias)
-                dv = _dot(_dropped(prob, keep, inv_keep).to(do.dtype), do, dv)  # [BLOCK_N, DV]
-                dp = _dropped(_products(v, do, ACC), keep, inv_keep)  # [BLOCK_N, BLOCK_M]
-                delta = _load_rows(delta_ptr + row, i, limit, 0)  # [BLOCK_M]
-                ds = _grad_scores(prob, dp, delta[None, :], bias, phase != 1)
-                if SOFTCAP:
-                    ds = ds * slack
-                dk = _dot(ds.to(q.dtype), q, dk)  # [BLOCK_N, D]
+    for phase in tl.static_range(0 if RIGHT else 1, 3):
+        tiles = (edges[phase + 1] - edges[phase]) // BLOCK_M
+        for turn in tl.range(tiles * GROUP):  # heads and blocks in one loop, which pipelines across heads
+            h = hk * GROUP + (turn // tiles if GQA else 0)
+            start = edges[phase] + (turn % tiles if GQA else turn) * BLOCK_M
+            row = (b.to(tl.int64) * H + h) * N + q_first
+            slope = _load_slope(slopes_ptr, b, h, slopes_strides)
+            i = start + tl.arange(0, BLOCK_M)
+            p = i + offset
+            limit = n if phase != 1 else None
+            q = _stream(q_ptr, b, h, q_first, start, i, limit, q_strides, D, BLOCK_D, BULK, FOREIGN)
+            do = _stream(do_ptr, b, h, q_first, start, i, limit, do_strides, DV, BLOCK_DV, BULK, FOREIGN)
+            s = _products(k, q, ACC)  # [BLOCK_N, BLOCK_M]
+            bias = None
+            if bias_ptr is not None:
+                bias_base = _base(bias_ptr, b, h, 0, bias_strides)
+                bias = _load_bias(bias_base, i[None, :], j[:, None], n, length, bias_strides, phase != 1)
+            s, slack = _scores(s, p[None, :], j[:, None], bias, slope, i[None, :], low[:, None], _rows(high),
+                               scale, softcap, SOFTCAP, EXACT, phase != 1)
+            keep = None
+            if seed_ptr is not None:
+                keep = tl.trans(_keep(seed_ptr, i, block * BLOCK_N, b * H + h, threshold, BLOCK_N))
+            lse = _load_rows(lse2_ptr + row, i, limit, float("inf"))  # [BLOCK_M]
+            prob = _probabilities(s, lse[None, :], bias)
+            dv = _dot(_dropped(prob, keep, inv_keep).to(do.dtype), do, dv)  # [BLOCK_N, DV]
+            dp = _dropped(_products(v, do, ACC), keep, inv_keep)  # [BLOCK_N, BLOCK_M]
+            delta = _load_rows(delta_ptr + row, i, limit, 0)  # [BLOCK_M]
+            ds = _grad_scores(prob, dp, delta[None, :], bias, phase != 1)
+            if SOFTCAP:
+                ds = ds * slack
+            dk = _dot(ds.to(q.dtype), q, dk)  # [BLOCK_N, D]
 
     valid = j < m
     dk = dk * scale
@@ -675,7 +677,7 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 # Multiprocessors of the usual part of each target, which decide how far decoding splits its keys.
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
                    "gfx90a": 104, "gfx942": 304, "gfx950": 256}
-BULK_TARGETS = {"sm_90", "sm_100", "sm_120", "interpreter"}
+BULK_TARGETS = {"sm_90", "sm_100", "interpreter"}  # sm_120 has them, but its mma.sync takes tiles through registers
 FAMILIES = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx90a": "mfma", "gfx942": "mfma", "gfx950": "mfma"}  # else "mma"
 
 # {table: {kernel: (BLOCK_M, BLOCK_N, num_warps, num_stages) for head dims up to 64, 128, 256}}, chosen by the static
@@ -684,21 +686,24 @@ FAMILIES = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx90a": "mfma", "gfx942": "
 CONFIGS = {
     "mma": {"forward": ((128, 32, 4, 2), (128, 64, 8, 2), (32, 64, 4, 2)),
             "grad_q": ((128, 32, 4, 2), (128, 64, 8, 2), (32, 32, 4, 1)),
-            "grad_kv": ((64, 64, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1))},
+            "grad_kv": ((32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1))},
     "wgmma": {"forward": ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
               "grad_q": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
-              "grad_kv": ((64, 128, 8, 2), (64, 128, 8, 2), (64, 32, 8, 1))},
+              "grad_kv": ((64, 128, 8, 2), (64, 128, 8, 2), (64, 32, 8, 1)),
+              "grad_kv packed": ((64, 128, 8, 2), (32, 128, 8, 2), (64, 32, 8, 1))},
     "tcgen05": {"forward": ((128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 4, 1)),
                 "grad_q": ((128, 128, 8, 2), (128, 128, 8, 2), (64, 64, 8, 2)),
-                "grad_kv": ((128, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1))},
-    "mfma": {"forward": ((128, 64, 4, 2), (128, 32, 4, 2), (64, 32, 8, 2)),
+                "grad_kv": ((128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1))},
+    "mfma": {"forward": ((128, 64, 4, 2), (128, 32, 4, 2), (64, 32, 4, 2)),
+             "decode": ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
              "grad_q": ((128, 32, 4, 2), (128, 32, 4, 2), (32, 32, 4, 1)),
-             "grad_kv": ((32, 64, 4, 2), (16, 64, 4, 1), (16, 64, 4, 1))},
+             "grad_kv": ((32, 64, 4, 2), (16, 64, 4, 1), (16, 64, 4, 1)),
+             "grad_bias": ((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))},
     "scored": {"forward": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 1)),
                "decode": ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
                "grad_q": ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
-               "grad_kv": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
-               "grad_bias": ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1))},
+               "grad_kv": ((32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+               "grad_bias": ((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))},
     "fp32": {"forward": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
              "decode": ((16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
              "grad_q": ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
@@ -722,8 +727,11 @@ def _config(kernel, query, value, scored=True, packed=False):
     family = FAMILIES.get(_target(), "mma")
     if family == "mma" and (packed or dim not in (64, 128, 256)):  # its best tiles have no register to spare
         scored = True
+    elif family == "mfma":  # 512 registers: scores cost no smaller tiles
+        scored = False
     table = CONFIGS["fp32" if query.dtype.itemsize == 4 else "scored" if scored else family]
-    *blocks, warps, stages = table[kernel][0 if dim <= 64 else 1 if dim <= 128 else 2]
+    row = table.get(f"{kernel} packed", table[kernel]) if packed else table[kernel]
+    *blocks, warps, stages = row[0 if dim <= 64 else 1 if dim <= 128 else 2]
     return tuple(blocks), {"num_warps": warps, "num_stages": stages}
 
 
@@ -862,13 +870,16 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes
             grad_query.stride(), H, group, N, M, S, steps, blocks, *scalars, *constants, bulk, block_m, block_n,
             **options)
     if B * Hk * M:
+        if window_right < 0:  # as a window that reaches everything: without its branch the compiler spills (40 bytes)
+            scalars = windows[0], N + M, *scalars[2:]
+            constants = *constants[:5], True, constants[6]
         (block_m, block_n), options = _config("grad_kv", query, value, scored, cu_seqlens_q is not None)
         S, steps, blocks = _packed(M, block_n, cu_seqlens_k)
         q, do, bulk = _bulk(block_m, query, grad_out)
         _grad_kv[(blocks * B * Hk,)](
             q, key, value, *extras, cu_seqlens_q, cu_seqlens_k, seed, do, lse2, delta, grad_key, grad_value,
             *strides, grad_key.stride(), grad_value.stride(),
-            H, group, N, M, S, steps, blocks, *scalars, *constants, bulk, block_m, block_n, **options)
+            H, group, N, M, S, steps, blocks, *scalars, *constants, bulk, group > 1, block_m, block_n, **options)
     if grad_bias is not None and grad_bias.numel():
         (block_m, block_n), options = _config("grad_bias", query, value)
         bias_B, bias_H, bias_N, bias_M = bias.shape

@@ -7,10 +7,12 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pykernels as pk
-from pykernels.check import compare
+from pykernels.check import compare, evaluate
 from pykernels.registry import CPU, INTERPRET, OPS, TRITON, BackendDeclined, unavailable
 
 BACKEND = "triton" if INTERPRET else "cpu"
@@ -154,6 +156,36 @@ def test_opcheck(op, dtype, sample):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.library.opcheck(op.kernel, (*arguments, CPU))
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every call of an op of ours: (op, arguments, results)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **kwargs or {})
+        if func.namespace == "pykernels":
+            self.calls.append((func, args, results))
+        return results
+
+
+@over(dtypes=("fp32", "bf16"))
+@pytest.mark.skipif(INTERPRET, reason="the fake implementation does not depend on the backend")
+def test_fakes_foretell_shapes_strides_and_dtypes(op, dtype, sample):
+    """Of the backward op too, which opcheck does not reach."""
+    with Recorder() as recorder:
+        evaluate(op.function, sample.make(dtype, "cpu"), op.differentiable)
+    assert recorder.calls
+    for func, args, results in recorder.calls:
+        mode = FakeTensorMode()
+        faked = [mode.from_tensor(a.detach()) if isinstance(a, torch.Tensor) else a for a in args]
+        with mode:
+            fakes = func(*faked)
+        for fake, real in zip(fakes, results, strict=True):
+            assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
 @over(dtypes=("fp32",), samples=lambda op: op.samples[::6])
