@@ -5,6 +5,8 @@ import torch
 
 from pykernels.registry import INTERPRET
 
+torch.set_num_threads(2)  # how work is split depends on it, and the samples' sizes reach each way with two
+
 
 @pytest.fixture(autouse=True)
 def fresh_seed(request):

@@ -155,6 +155,40 @@ def test_element_offsets_past_two_to_the_31():
 
 
 @needs_kernels
+@pytest.mark.triton
+def test_what_lies_past_the_lengths_is_never_read():
+    """NaN there and zeros there give the same bits, outputs and gradients."""
+
+    def run(filler, packed):
+        torch.manual_seed(0)
+        tensors = [draw(2, 2, 45, 16, dtype=torch.float32) for _ in range(3)]
+        for t in tensors[0 if packed else 1 :]:
+            t[1, :, 20:] = filler
+        if packed:
+            tensors = [t.transpose(1, 2).flatten(0, 1).requires_grad_() for t in tensors]
+            out = pk.varlen_attention(*tensors, torch.tensor([0, 30, 65]), causal=True)
+            grad_out = torch.ones_like(out).index_fill(0, torch.arange(65, 90), filler)
+        else:
+            tensors = [t.requires_grad_() for t in tensors]
+            out = pk.attention(*tensors, key_lengths=torch.tensor([45, 20]), window=(30, 7))
+            grad_out = torch.ones_like(out)
+        return out, *torch.autograd.grad(out, tensors, grad_out)
+
+    with pk.use_backend(BACKEND):
+        for packed in (False, True):
+            for clean, dirty in zip(run(0.0, packed), run(math.nan, packed)):
+                assert torch.equal(clean, dirty)
+
+
+@needs_kernels
+def test_more_keys_than_are_packed_at_once():
+    query, key, value = draw(1, 3, 200, 64), draw(1, 3, 32768, 64), draw(1, 3, 32768, 64)
+    query, key, value = query.float(), key.float(), value.float()
+    expected = F.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(pk.attention(query, key, value), expected)
+
+
+@needs_kernels
 def test_one_nan_reaches_its_row_alone():
     query, key, value = (draw(1, 1, 70, 8, dtype=torch.float32) for _ in range(3))
     query[0, 0, 33, 2] = math.nan
