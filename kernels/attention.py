@@ -685,7 +685,7 @@ FAMILIES = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx90a": "mfma", "gfx942": "
 # is for 2-byte inputs with windows and lengths only; bias, ALiBi, softcap and dropout cost registers, hence "scored".
 CONFIGS = {
     "mma": {"forward": ((128, 32, 4, 2), (128, 64, 8, 2), (32, 64, 4, 2)),
-            "grad_q": ((128, 32, 4, 2), (128, 64, 8, 2), (32, 32, 4, 1)),
+            "grad_q": ((128, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 1)),
             "grad_kv": ((32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1))},
     "wgmma": {"forward": ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
               "grad_q": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
@@ -703,7 +703,7 @@ CONFIGS = {
                "decode": ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
                "grad_q": ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
                "grad_kv": ((32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-               "grad_bias": ((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))},
+               "grad_bias": ((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1))},
     "fp32": {"forward": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
              "decode": ((16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
              "grad_q": ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
@@ -732,6 +732,8 @@ def _config(kernel, query, value, scored=True, packed=False):
     table = CONFIGS["fp32" if query.dtype.itemsize == 4 else "scored" if scored else family]
     row = table.get(f"{kernel} packed", table[kernel]) if packed else table[kernel]
     *blocks, warps, stages = row[0 if dim <= 64 else 1 if dim <= 128 else 2]
+    if family == "mfma":  # eight warps would halve its registers
+        warps = min(warps, 4)
     return tuple(blocks), {"num_warps": warps, "num_stages": stages}
 
 
