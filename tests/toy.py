@@ -29,7 +29,7 @@ def declared(kernel, declines=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry.native, "missing", lambda: None)
-        registry.unavailable.cache_clear()
+        registry._unavailable.cache_clear()
         registry.register(
             _toy,
             kernel=lambda x, w, backend: kernel(x, w),
@@ -43,4 +43,4 @@ def declared(kernel, declines=None):
             yield registry.OPS["toy"]
         finally:
             del registry.OPS["toy"]
-    registry.unavailable.cache_clear()
+    registry._unavailable.cache_clear()
