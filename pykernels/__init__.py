@@ -1,9 +1,11 @@
 """pykernels: fused kernels for recurrent and memory-augmented networks, as PyTorch ops."""
 
-from . import ops, reference
+from . import native, ops, reference
 from .registry import OPS, available_backends, list_ops, use_backend
 
 __version__ = "0.1.0"
+
+native.load()  # so that torch.ops.pykernels has its CPU kernels from here on
 
 for _op in OPS.values():
     globals()[_op.name] = _op.function

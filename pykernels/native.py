@@ -26,7 +26,10 @@ def load() -> tuple[str | None, str | None]:
     here = pathlib.Path(__file__).parent
     for level in LEVELS[LEVELS.index(supported) :: -1]:
         for library in here.glob(f"_C_{level}.abi3.*"):
-            torch.ops.load_library(str(library))
+            try:
+                torch.ops.load_library(str(library))
+            except OSError as error:
+                return None, f"{library.name} does not load: {error}"
             return level, None
     return None, f"no library for {supported} or below beside {here.name}/native.py"
 

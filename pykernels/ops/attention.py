@@ -780,9 +780,10 @@ def _job(label, make, flops=_dense_flops, **more) -> Workload:
 
 
 _attention_workloads = [
+    _job("B1 H8 N16 D64", _dense(1, 8, 16, 16, 64), quick=True),
     _job("B1 H8 N512 D64 causal", _dense(1, 8, 512, 512, 64, causal=True), quick=True),
     _job("B1 H8 N2048 D64 causal", _dense(1, 8, 2048, 2048, 64, causal=True), quick=True),
-    _job("B1 H8 N1024 D64 causal", _dense(1, 8, 1024, 1024, 64, causal=True)),
+    _job("B1 H8 N1024 D64 causal", _dense(1, 8, 1024, 1024, 64, causal=True), quick=True),
     _job("B1 H8 N4096 D64 causal", _dense(1, 8, 4096, 4096, 64, causal=True)),
     _job("B1 H8 N2048 D64", _dense(1, 8, 2048, 2048, 64), quick=True),
     _job("B8 H8 N256 D64", _dense(8, 8, 256, 256, 64), quick=True),
