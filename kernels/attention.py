@@ -685,8 +685,8 @@ FAMILIES = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx90a": "mfma", "gfx942": "
 # is for 2-byte inputs with windows and lengths only; bias, ALiBi, softcap and dropout cost registers, hence "scored".
 CONFIGS = {
     "mma": {"forward": ((128, 32, 4, 2), (128, 64, 8, 2), (32, 64, 4, 2)),
-            "grad_q": ((128, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 1)),
-            "grad_kv": ((32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1))},
+            "grad_q": ((128, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2)),
+            "grad_kv": ((32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 2))},
     "wgmma": {"forward": ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
               "grad_q": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
               "grad_kv": ((64, 128, 8, 2), (64, 128, 8, 2), (64, 32, 8, 1)),
@@ -699,15 +699,15 @@ CONFIGS = {
              "grad_q": ((128, 32, 4, 2), (128, 32, 4, 2), (32, 32, 4, 1)),
              "grad_kv": ((32, 64, 4, 2), (16, 64, 4, 1), (16, 64, 4, 1)),
              "grad_bias": ((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))},
-    "scored": {"forward": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 1)),
+    "scored": {"forward": ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
                "decode": ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
-               "grad_q": ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
-               "grad_kv": ((32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-               "grad_bias": ((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1))},
+               "grad_q": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
+               "grad_kv": ((32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+               "grad_bias": ((16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2))},
     "fp32": {"forward": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
              "decode": ((16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
              "grad_q": ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-             "grad_kv": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+             "grad_kv": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
              "grad_bias": ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1))},
 }
 
@@ -725,7 +725,8 @@ def _config(kernel, query, value, scored=True, packed=False):
         return (16, 16), {}
     dim = max(query.shape[3], value.shape[3])
     family = FAMILIES.get(_target(), "mma")
-    if family == "mma" and (packed or dim not in (64, 128, 256)):  # its best tiles have no register to spare
+    packed = packed or dim not in (64, 128, 256)  # masks along D cost registers as ragged sequences do
+    if family == "mma" and packed:  # its best tiles have no register to spare
         scored = True
     elif family == "mfma":  # 512 registers: scores cost no smaller tiles
         scored = False
@@ -890,3 +891,10 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes
         _grad_bias[(tiles * bias_B * bias_H,)](
             query, key, value, *extras, seed, grad_out, lse2, delta, grad_bias, *strides, grad_bias.stride(),
             B, H, group, N, M, *scalars, bias_B, bias_H, *constants, one_n, one_m, block_m, block_n, **options)
+
+
+# What `python -m pykernels audit` may find here, and why it is shipped all the same.
+AUDIT_EXCEPTIONS = [
+    dict(kernel="_grad_q", check="spill", where={"BLOCK_D": 256, "dtype": "float32"},
+         reason="five fp32 tiles 256 wide do not fit in the registers whatever the tile; half precision does"),
+]
