@@ -678,7 +678,8 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
                    "gfx90a": 104, "gfx942": 304, "gfx950": 256}
 BULK_TARGETS = {"sm_90", "sm_100", "interpreter"}  # sm_120 has them, but its mma.sync takes tiles through registers
-FAMILIES = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx90a": "mfma", "gfx942": "mfma", "gfx950": "mfma"}  # else "mma"
+FAMILIES = {"sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma 120", "gfx90a": "mfma", "gfx942": "mfma",
+            "gfx950": "mfma"}  # else "mma"
 
 # {table: {kernel: (BLOCK_M, BLOCK_N, num_warps, num_stages) for head dims up to 64, 128, 256}}, chosen by the static
 # audit: the highest share of the tensor peak among those that spill nothing with a two-sided window. A family's table
@@ -710,6 +711,7 @@ CONFIGS = {
              "grad_kv": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
              "grad_bias": ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1))},
 }
+CONFIGS["mma 120"] = CONFIGS["mma"] | {"grad_q": ((128, 32, 8, 2), (128, 32, 8, 2), (32, 32, 4, 2))}
 
 
 def _target():
@@ -726,7 +728,7 @@ def _config(kernel, query, value, scored=True, packed=False):
     dim = max(query.shape[3], value.shape[3])
     family = FAMILIES.get(_target(), "mma")
     packed = packed or dim not in (64, 128, 256)  # masks along D cost registers as ragged sequences do
-    if family == "mma" and packed:  # its best tiles have no register to spare
+    if family.startswith("mma") and packed:  # its best tiles have no register to spare
         scored = True
     elif family == "mfma":  # 512 registers: scores cost no smaller tiles
         scored = False
