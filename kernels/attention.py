@@ -727,7 +727,8 @@ def _config(kernel, query, value, scored=True, packed=False):
         return (16, 16), {}
     dim = max(query.shape[3], value.shape[3])
     family = FAMILIES.get(_target(), "mma")
-    packed = packed or dim not in (64, 128, 256)  # masks along D cost registers as ragged sequences do
+    # Masks along D cost registers as ragged sequences do, and queries that fill no large tile need none.
+    packed = packed or dim not in (64, 128, 256) or query.shape[2] < 128
     if family.startswith("mma") and packed:  # its best tiles have no register to spare
         scored = True
     elif family == "mfma":  # 512 registers: scores cost no smaller tiles
