@@ -12,7 +12,7 @@ import importlib
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -110,7 +110,12 @@ def register(
 
     def run(*arguments):
         backend = choose(name, next(a.device for a in arguments if isinstance(a, torch.Tensor)), arguments)
-        return reference(*arguments) if backend == REFERENCE else kernel(*arguments, backend)
+        if backend == REFERENCE:
+            return reference(*arguments)
+        if torch.compiler.is_compiling() or _may_need_gradient(arguments):
+            return kernel(*arguments, backend)
+        with torch._C._AutoDispatchBelowAutograd():  # an autograd formula in Python costs 7 µs a call even unused
+            return kernel(*arguments, backend)
 
     def bind(runner: Callable) -> Callable[P, R]:
         @functools.wraps(body)
@@ -136,6 +141,12 @@ def register(
         dtypes=dtypes,
     )
     return OPS[name].function
+
+
+def _may_need_gradient(arguments: tuple) -> bool:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True  # its wrappers hide what is inside
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
 
 
 # ------------------------------------------------------------------------------------------------ backends
@@ -272,6 +283,67 @@ def _share_cpu_key(name: str, run: Callable) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*verrid", category=UserWarning)  # it is meant
         _library.impl(name, share, "CPU", with_keyset=True, allow_override=True)
+
+
+def second_order(
+    function: Callable,
+    primals: Sequence[torch.Tensor | None],
+    grads: Sequence[torch.Tensor | None],
+    cotangents: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor | None]:
+    """What a backward op's own backward returns, by composition from a function that torch can differentiate.
+
+    The backward op took `grads` of function(*primals) to the gradients of the primals; given the `cotangents` of
+    these, here are the gradients of its inputs (*grads, *primals): None for None and for integers.
+    """
+
+    def fresh(t):  # an alias of its own: the same tensor passed twice must not count twice
+        if t is None or not t.is_floating_point():
+            return t
+        return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+    def differentiable(t):
+        return t is not None and t.is_floating_point()
+
+    with torch.enable_grad():
+        primals, grads = [*map(fresh, primals)], [*map(fresh, grads)]
+        inputs = [*grads, *primals]
+        pairs = [(out, grad) for out, grad in zip(function(*primals), grads) if grad is not None and out.requires_grad]
+        asked = [(p, c) for p, c in zip(primals, cotangents) if c is not None and differentiable(p)]
+        if not pairs or not asked:
+            return [None] * len(inputs)
+        outputs, seeds = zip(*pairs)
+        first = torch.autograd.grad(outputs, [p for p, _ in asked], seeds, create_graph=True, materialize_grads=True)
+        first = [(f, c.to(f.dtype)) for f, (_, c) in zip(first, asked) if f.requires_grad]
+        if not first:
+            return [None] * len(inputs)
+        wanted = [t for t in inputs if differentiable(t)]
+        second = torch.autograd.grad(
+            [f for f, _ in first], wanted, [c for _, c in first], create_graph=True, allow_unused=True
+        )
+    found = iter(second)
+    return [next(found) if differentiable(t) else None for t in inputs]
+
+
+def triton_declines(first: torch.Tensor, *rest) -> str | None:
+    """`supports` of a Triton kernel that takes whatever Triton does; `first` has the dtype of all floats."""
+    if first.dtype == torch.float64 and not INTERPRET:
+        return "GPUs have no fast fp64 matrix units: it takes fp32, bf16 and fp16"
+    if first.dtype == torch.bfloat16 and INTERPRET:
+        return "Triton's interpreter has no bf16 arithmetic"
+    return None
+
+
+def autocast(*tensors: Any) -> tuple:
+    """Under autocast, an op's floating arguments go to its dtype together, as torch does for its own kernels."""
+    first = tensors[0]
+    if not isinstance(first, torch.Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    floats = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if any(t.dtype == torch.float64 for t in floats) or not first.is_floating_point():
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors)
 
 
 def refuse_forward_mode(name: str, tensors: Iterable[Any]) -> None:

@@ -19,7 +19,18 @@ import torch
 from torch import Tensor
 
 from ..checks import can_read, expect, expect_alike, expect_device, expect_tensor, expect_type
-from ..registry import FLOATS, INTERPRET, Sample, Workload, refuse_forward_mode, register, torch_op
+from ..registry import (
+    FLOATS,
+    INTERPRET,
+    Sample,
+    Workload,
+    autocast,
+    refuse_forward_mode,
+    register,
+    second_order,
+    torch_op,
+    triton_declines,
+)
 
 UNBOUNDED = -1  # a window's side without a limit
 INTEGERS = (torch.int32, torch.int64)
@@ -181,45 +192,17 @@ def _save_backward(ctx, inputs, output):
 
 
 def _double_backward(ctx, *cotangents):
-    """Second order by composition: differentiate the gradient of the reference, which is itself differentiable."""
-    if all(cotangent is None for cotangent in cotangents):
-        return (None,) * 21
     grad_out, grad_lse, query, key, value, _, _, bias, slopes, lengths, cu_q, cu_k, seed = ctx.saved_tensors
     window_left, window_right, scale, softcap, dropout_p = ctx.scalars
 
-    def fresh(t):  # an alias of its own: the same tensor passed as query and key must not count twice
-        if t is None or not t.is_floating_point():
-            return t
-        return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-
-    with torch.enable_grad():
-        grad_out, grad_lse, query, key, value, bias, slopes = map(
-            fresh, (grad_out, grad_lse, query, key, value, bias, slopes)
-        )
-        out, lse = reference(
+    def forward(query, key, value, bias, slopes):
+        return reference(
             *(query, key, value, bias, slopes, lengths, cu_q, cu_k, None, seed),
             *(window_left, window_right, False, scale, softcap, dropout_p),
         )
-        primals = (query, key, value, bias, slopes)
-        asked = [
-            (t, c) for t, c in zip(primals, cotangents) if c is not None and t is not None and t.is_floating_point()
-        ]
-        results, grads = (out, lse) if grad_lse is not None else (out,), [grad_out, grad_lse]
-        first = torch.autograd.grad(
-            results, [t for t, _ in asked], grads[: len(results)], create_graph=True, materialize_grads=True
-        )
-        inputs = (grad_out, grad_lse, query, key, value, None, None, bias, slopes)
-        wanted = [t if t is not None and t.is_floating_point() else None for t in inputs]
-        second = iter(
-            torch.autograd.grad(
-                first,
-                [t for t in wanted if t is not None],
-                [c.to(f.dtype) for f, (_, c) in zip(first, asked)],
-                create_graph=True,
-                allow_unused=True,
-            )
-        )
-    return *(None if t is None else next(second) for t in wanted), *[None] * 12
+
+    second = second_order(forward, (query, key, value, bias, slopes), (grad_out, grad_lse), cotangents)
+    return *second[:5], None, None, *second[5:], *[None] * 12
 
 
 def _triton(*arguments):
@@ -272,15 +255,7 @@ _attention_op = torch_op(
 )
 
 
-def _triton_declines(query, key, value, *rest) -> str | None:
-    if query.dtype == torch.float64 and not INTERPRET:
-        return "GPUs have no fast fp64 matrix units: it takes fp32, bf16 and fp16"
-    if query.dtype == torch.bfloat16 and INTERPRET:
-        return "Triton's interpreter has no bf16 arithmetic"
-    return None
-
-
-_SUPPORTS = {"cpu": lambda *arguments: None, "triton": _triton_declines}
+_SUPPORTS = {"cpu": lambda *arguments: None, "triton": triton_declines}
 
 
 # ------------------------------------------------------------------------------------------------ public functions
@@ -332,7 +307,7 @@ def _attention(
     Differences from F.scaled_dot_product_attention: causal is aligned to the last key, masked rows are 0, and bias
     gradients, windows, softcap, ALiBi and lse exist. Source: FlashAttention-2, arXiv 2307.08691.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     _check_qkv(query, key, value, "[B, H, N, D]", "[B, Hk, M, D]")
     B, H, N, _ = query.shape
     M = key.size(2)
@@ -442,7 +417,7 @@ def _varlen_attention(
     Raises:
         ValueError, TypeError: as `attention`; offsets that do not begin with 0, descend or pass the total.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     for t, name, layout in ((query, "query", "[total_q, H, D]"), (key, "key", "[total_k, Hk, D]")):
         expect_tensor(t, name, layout)
     expect_tensor(value, "value", "[total_k, Hk, Dv]")
@@ -496,7 +471,7 @@ def _decode_attention(
         ValueError, TypeError: as `attention`; lengths beyond the cache; page numbers beyond the pages in use.
         NotImplementedError: when a gradient is asked of the result.
     """
-    query, key_cache, value_cache = _autocast(query, key_cache, value_cache)
+    query, key_cache, value_cache = autocast(query, key_cache, value_cache)
     layout = "[B, Hk, S, D]" if block_table is None else "[P, Hk, page, D]"
     _check_qkv(query, key_cache, value_cache, "[B, H, n, D]", layout, ("key_cache", "value_cache"), block_table is None)
     B, S = query.size(0), key_cache.size(2)
@@ -521,16 +496,6 @@ def _decode_attention(
 
 
 # ------------------------------------------------------------------------------------------------ checks
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, query, key and value go to its dtype together, as torch does for its own attention."""
-    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors):
-        return tensors
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or any(t.dtype == torch.float64 for t in tensors):
-        return tensors
-    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
 def _check_qkv(query, key, value, query_layout, key_layout, names=("key", "value"), batched=True) -> None:
