@@ -52,10 +52,17 @@ struct ComputeOf<BFloat16> {
 constexpr int TILE_ROWS = 6;
 constexpr int TILE_VECTORS = PK_VECTOR_REGISTERS == 32 ? 4 : 2;
 
+// The left operand: unit (r, k) is at[r * row + k * column]. A row-major A has column = 1, a transpose has row = 1.
+template <class Unit>
+struct Left {
+  const Unit* at;
+  int64_t row, column;
+};
+
 // c: [ROWS][VECTORS * lanes], a: [ROWS][depth], b: [depth][VECTORS * lanes]
 template <class P, int ROWS, int VECTORS>
-void gemm_tile(int64_t depth, const typename P::Unit* a, int64_t lda, const typename P::Unit* b, int64_t ldb,
-               typename P::Acc* c, int64_t ldc, bool accumulate) {
+void gemm_tile(int64_t depth, Left<typename P::Unit> a, const typename P::Unit* b, int64_t ldb, typename P::Acc* c,
+               int64_t ldc, bool accumulate) {
   using Acc = typename P::Acc;
   using Unit = typename P::Unit;
   constexpr int W = lanes<Acc>;
@@ -66,7 +73,7 @@ void gemm_tile(int64_t depth, const typename P::Unit* a, int64_t lda, const type
     for (int v = 0; v < VECTORS; ++v) bk[v] = load<Vec<Unit>>(b + k * ldb + v * W);
     PK_UNROLL
     for (int r = 0; r < ROWS; ++r) {
-      Vec<Unit> ak = broadcast(a[r * lda + k]);
+      Vec<Unit> ak = broadcast(a.at[r * a.row + k * a.column]);
       PK_UNROLL
       for (int v = 0; v < VECTORS; ++v) acc[r][v] = P::multiply_add(ak, bk[v], acc[r][v]);
     }
@@ -83,34 +90,52 @@ void gemm_tile(int64_t depth, const typename P::Unit* a, int64_t lda, const type
 }
 
 template <class P, int ROWS>
-void gemm_rows(int64_t vectors, int64_t depth, const typename P::Unit* a, int64_t lda, const typename P::Unit* b,
-               int64_t ldb, typename P::Acc* c, int64_t ldc, bool accumulate) {
+void gemm_rows(int64_t vectors, int64_t depth, Left<typename P::Unit> a, const typename P::Unit* b, int64_t ldb,
+               typename P::Acc* c, int64_t ldc, bool accumulate) {
   constexpr int W = lanes<typename P::Acc>;
   // Even shares: 5 vectors are 3 + 2, since a tile one vector wide has too few accumulators to hide the latency.
   for (int64_t tiles = ceil_div(vectors, TILE_VECTORS); tiles > 0; --tiles) {
     int64_t width = ceil_div(vectors, tiles);
     if constexpr (TILE_VECTORS == 4) {
-      if (width == 4) gemm_tile<P, ROWS, 4>(depth, a, lda, b, ldb, c, ldc, accumulate);
-      if (width == 3) gemm_tile<P, ROWS, 3>(depth, a, lda, b, ldb, c, ldc, accumulate);
+      if (width == 4) gemm_tile<P, ROWS, 4>(depth, a, b, ldb, c, ldc, accumulate);
+      if (width == 3) gemm_tile<P, ROWS, 3>(depth, a, b, ldb, c, ldc, accumulate);
     }
-    if (width == 2) gemm_tile<P, ROWS, 2>(depth, a, lda, b, ldb, c, ldc, accumulate);
-    if (width == 1) gemm_tile<P, ROWS, 1>(depth, a, lda, b, ldb, c, ldc, accumulate);
+    if (width == 2) gemm_tile<P, ROWS, 2>(depth, a, b, ldb, c, ldc, accumulate);
+    if (width == 1) gemm_tile<P, ROWS, 1>(depth, a, b, ldb, c, ldc, accumulate);
     vectors -= width, b += width * W, c += width * W;
   }
 }
 
-// c: [rows][vectors * lanes] (+)= a: [rows][depth] · b: [depth][vectors * lanes], at most TILE_ROWS rows.
-// a and c have room for TILE_ROWS rows: up to that many may be read and written.
+// c: [rows][vectors * lanes] (+)= a: [rows][depth] · b: [depth][vectors * lanes], 1 to TILE_ROWS rows; each element is
+// one running sum.
+template <class P>
+void gemm_strip(int64_t rows, int64_t vectors, int64_t depth, Left<typename P::Unit> a, const typename P::Unit* b,
+                int64_t ldb, typename P::Acc* c, int64_t ldc, bool accumulate) {
+  auto tile = [&](auto height) { gemm_rows<P, height>(vectors, depth, a, b, ldb, c, ldc, accumulate); };
+  if (rows == 6) tile(std::integral_constant<int, 6>{});
+  else if (rows == 5) tile(std::integral_constant<int, 5>{});
+  else if (rows == 4) tile(std::integral_constant<int, 4>{});
+  else if (rows == 3) tile(std::integral_constant<int, 3>{});
+  else if (rows == 2) tile(std::integral_constant<int, 2>{});
+  else tile(std::integral_constant<int, 1>{});
+}
+
+// The same for any depth and a row-major a, in sums of at most 64 products, for accuracy: a running sum of 256 has
+// twice the rounding error.
 template <class P>
 void gemm(int64_t rows, int64_t vectors, int64_t depth, const typename P::Unit* a, int64_t lda,
           const typename P::Unit* b, int64_t ldb, typename P::Acc* c, int64_t ldc, bool accumulate) {
-  // Sums of at most 64 products, for accuracy: a running sum of 256 has twice the rounding error.
   for (; depth > 64; depth -= 64, a += 64, b += 64 * ldb, accumulate = true)
-    gemm<P>(rows, vectors, 64, a, lda, b, ldb, c, ldc, accumulate);
-  if (rows > 4) gemm_rows<P, 6>(vectors, depth, a, lda, b, ldb, c, ldc, accumulate);
-  else if (rows > 2) gemm_rows<P, 4>(vectors, depth, a, lda, b, ldb, c, ldc, accumulate);
-  else if (rows == 2) gemm_rows<P, 2>(vectors, depth, a, lda, b, ldb, c, ldc, accumulate);
-  else gemm_rows<P, 1>(vectors, depth, a, lda, b, ldb, c, ldc, accumulate);
+    gemm_strip<P>(rows, vectors, 64, {a, lda, 1}, b, ldb, c, ldc, accumulate);
+  gemm_strip<P>(rows, vectors, depth, {a, lda, 1}, b, ldb, c, ldc, accumulate);
+}
+
+// c: [rows][vectors * lanes] += aᵀ · b with a: [depth][rows]: the product with the transpose of a tile, which
+// stays as it was made.
+template <class P>
+void gemm_columns(int64_t rows, int64_t vectors, int64_t depth, const typename P::Unit* a, int64_t lda,
+                  const typename P::Unit* b, int64_t ldb, typename P::Acc* c, int64_t ldc) {
+  gemm_strip<P>(rows, vectors, depth, {a, 1, lda}, b, ldb, c, ldc, true);
 }
 
 // Memory latency is hidden by asking for rows this far ahead of the one being read: the hardware's prefetcher alone
@@ -209,12 +234,15 @@ void pack_rows(const Rows& row, int64_t stride, int64_t count, int64_t n, typena
     if constexpr (P::depth == 1) {
       copy_row<P>(row(j), stride, n, out + j * width, width);
     } else {
-      // Two rows as bf16, then interleaved: a unit holds one column of both.
-      auto* even = reinterpret_cast<uint16_t*>(stage);
-      auto* odd = even + width;
-      copy_row<P>(row(j), stride, n, stage, width / 2);
-      if (j + 1 < count) copy_row<P>(row(j + 1), stride, n, stage + width / 2, width / 2);
-      else std::memset(odd, 0, width * sizeof(uint16_t));
+      // Two rows as bf16, interleaved: a unit holds one column of both.
+      auto* even = reinterpret_cast<const uint16_t*>(row(j));
+      auto* odd = reinterpret_cast<const uint16_t*>(row(j + 1));
+      if (stride != 1 || n != width || j + 1 == count) {
+        even = reinterpret_cast<uint16_t*>(stage), odd = even + width;
+        copy_row<P>(row(j), stride, n, stage, width / 2);
+        if (j + 1 < count) copy_row<P>(row(j + 1), stride, n, stage + width / 2, width / 2);
+        else std::memset(stage + width / 2, 0, width * sizeof(uint16_t));
+      }
       constexpr int W = lanes<uint32_t>;
       for (int64_t c = 0; c < width; c += W) {
         auto low = __builtin_convertvector((load<Vec<uint16_t, W>>(even + c)), Vec<uint32_t>);
@@ -248,57 +276,6 @@ void dot_rows(const typename P::Unit* q, const void* const (&key)[lanes<typename
     for (int j = 0; j < n; ++j) sums[j] += sums[j + n];
   }
   store(s, sums[0]);
-}
-
-// c: [ROWS][VECTORS * lanes] += aᵀ · b with a: [depth][ROWS], b: [depth][VECTORS * lanes]
-template <class P, int ROWS, int VECTORS>
-void gemm_tile_columns(int64_t depth, const typename P::Unit* a, int64_t lda, const typename P::Unit* b, int64_t ldb,
-                       typename P::Acc* c, int64_t ldc) {
-  using Acc = typename P::Acc;
-  using Unit = typename P::Unit;
-  constexpr int W = lanes<Acc>;
-  Vec<Acc> acc[ROWS][VECTORS] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<Unit> bk[VECTORS];
-    PK_UNROLL
-    for (int v = 0; v < VECTORS; ++v) bk[v] = load<Vec<Unit>>(b + k * ldb + v * W);
-    PK_UNROLL
-    for (int r = 0; r < ROWS; ++r) {
-      Vec<Unit> ak = broadcast(a[k * lda + r]);
-      PK_UNROLL
-      for (int v = 0; v < VECTORS; ++v) acc[r][v] = P::multiply_add(ak, bk[v], acc[r][v]);
-    }
-  }
-  PK_UNROLL
-  for (int r = 0; r < ROWS; ++r) {
-    PK_UNROLL
-    for (int v = 0; v < VECTORS; ++v) {
-      Acc* to = c + r * ldc + v * W;
-      store(to, load<Vec<Acc>>(to) + acc[r][v]);
-    }
-  }
-}
-
-// c: [rows][vectors * lanes] += aᵀ · b with a: [depth][rows], b: [depth][vectors * lanes], at most TILE_ROWS rows: the
-// product with the transpose of a tile, which stays as it was made. a and c have room for TILE_ROWS rows.
-template <class P>
-void gemm_columns(int64_t rows, int64_t vectors, int64_t depth, const typename P::Unit* a, int64_t lda,
-                  const typename P::Unit* b, int64_t ldb, typename P::Acc* c, int64_t ldc) {
-  constexpr int W = lanes<typename P::Acc>;
-  auto tile = [&](auto width) {
-    if (rows > 4) gemm_tile_columns<P, TILE_ROWS, width>(depth, a, lda, b, ldb, c, ldc);
-    else gemm_tile_columns<P, 4, width>(depth, a, lda, b, ldb, c, ldc);
-  };
-  for (int64_t tiles = ceil_div(vectors, TILE_VECTORS); tiles > 0; --tiles) {
-    int64_t width = ceil_div(vectors, tiles);
-    if constexpr (TILE_VECTORS == 4) {
-      if (width == 4) tile(std::integral_constant<int, 4>{});
-      if (width == 3) tile(std::integral_constant<int, 3>{});
-    }
-    if (width == 2) tile(std::integral_constant<int, 2>{});
-    if (width == 1) tile(std::integral_constant<int, 1>{});
-    vectors -= width, b += width * W, c += width * W;
-  }
 }
 
 }  // namespace

@@ -83,6 +83,15 @@ def cotangents(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
     return [(torch.randint(-8, 9, out.shape, generator=generator) / 4).to(out.device, out.dtype) for out in outputs]
 
 
+def differentiate(outputs: list[torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients for the cotangents of these outputs: zero where an output does not depend on a leaf."""
+    pairs = [(out, given) for out, given in zip(outputs, cotangents(outputs)) if out.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    outputs, given = zip(*pairs)
+    return [*torch.autograd.grad(outputs, leaves, given, materialize_grads=True)]
+
+
 def evaluate(function: Callable, inputs: Inputs, differentiable: tuple[str, ...] = (), seed: int = 0) -> Values:
     """The outputs of function(**inputs) and its gradients, by name."""
     call, leaves = bind_gradient(function, inputs, differentiable)
@@ -91,8 +100,7 @@ def evaluate(function: Callable, inputs: Inputs, differentiable: tuple[str, ...]
         paths = pytree.tree_flatten_with_path(call())[0]
     values = {"out" + pytree.keystr(path): out for path, out in paths}
     if leaves:
-        outputs = [out for out in values.values() if is_float(out)]
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents(outputs), materialize_grads=True)
+        gradients = differentiate([out for out in values.values() if is_float(out)], list(leaves.values()))
         values |= {f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
     return {name: value.detach() for name, value in values.items()}
 

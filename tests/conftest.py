@@ -1,5 +1,7 @@
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # pytest -n has more threads than cores: none may spin for another
+
 import pytest
 import torch
 

@@ -10,7 +10,7 @@ from toy import declared, softmax_scale
 from pykernels import OPS
 from pykernels.__main__ import main
 from pykernels.bench import measure
-from pykernels.bench.peers import sdpa
+from pykernels.bench.peers import onnxrt, sdpa, torch_nn
 from pykernels.check import Expected
 
 
@@ -68,15 +68,21 @@ def test_peak_memory_sees_scratch():
     assert 0.95 < peak / 2**26 < 1.2
 
 
-@pytest.mark.parametrize("name", [name for name in OPS if hasattr(sdpa, name)])
-def test_sdpa_peer_is_right_where_it_is_expressible(name):
+@pytest.mark.parametrize(
+    ("peer", "name"),
+    [pytest.param(p, n, id=f"{p.NAME}-{n}") for p in (sdpa, torch_nn, onnxrt) for n in OPS if hasattr(p, n)],
+)
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_peers_are_right_where_they_express_it(peer, name):
+    if reason := peer.missing():
+        pytest.skip(reason)
     right = 0
     for sample in OPS[name].samples:
         inputs = sample.make(torch.float32, "cpu")
         if inputs.get("dropout_p"):
             continue
         try:
-            results = Expected(OPS[name], inputs, backward=False).judge(getattr(sdpa, name), poison=False)
+            results = Expected(OPS[name], inputs, backward=False).judge(getattr(peer, name), poison=False)
         except NotImplementedError:
             continue
         assert all(result.ok for result in results), f"{sample}: {results}"

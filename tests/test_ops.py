@@ -3,16 +3,18 @@
 In the ordinary process the CPU kernels are under test; with TRITON_INTERPRET=1 Triton's, in its interpreter.
 """
 
+import functools
 import warnings
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pykernels as pk
-from pykernels.check import compare, evaluate
+from pykernels.check import bind_gradient, compare, differentiate, evaluate, float_leaves, is_float
 from pykernels.registry import CPU, INTERPRET, OPS, TRITON, BackendDeclined, unavailable
 
 BACKEND = "triton" if INTERPRET else "cpu"
@@ -39,7 +41,7 @@ def small(op):
 
 
 def size(sample):
-    return sum(t.numel() for t in sample.make(torch.float32, "cpu").values() if isinstance(t, torch.Tensor))
+    return sum(t.numel() for t in pytree.tree_leaves(sample.make(torch.float32, "cpu")) if isinstance(t, torch.Tensor))
 
 
 def holds(results):
@@ -73,23 +75,26 @@ def restride(tensor):
 
 @over(dtypes=("fp32", "bf16"), samples=lambda op: op.samples[:: 5 if INTERPRET else 1])
 def test_strided_inputs(op, dtype, sample):
-    inputs = {name: restride(value) for name, value in sample.make(dtype, "cpu").items()}
+    inputs = pytree.tree_map(restride, sample.make(dtype, "cpu"))
     holds(compare_or_skip(op, inputs, BACKEND, slack=sample.slack))
 
 
 def differentiable(op, sample):
     """(function of the floating inputs alone, those inputs), for gradcheck."""
     inputs = sample.make(torch.float64, "cpu")
-    names = [n for n in op.differentiable if isinstance(inputs.get(n), torch.Tensor) and inputs[n].is_floating_point()]
+    leaves, spec = pytree.tree_flatten({name: inputs[name] for name in op.differentiable if name in inputs})
+    places = [place for place, leaf in enumerate(leaves) if is_float(leaf)]
 
     def function(*tensors):
         torch.manual_seed(1)  # random ops draw the same seed at every evaluation
+        values = [*leaves]
+        for place, tensor in zip(places, tensors, strict=True):
+            values[place] = tensor
         with pk.use_backend(BACKEND):
-            outputs = op.function(**inputs | dict(zip(names, tensors)))
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return tuple(out.masked_fill(out.isinf(), 0) for out in outputs)  # inf − inf has no finite difference
+            outputs = op.function(**inputs | pytree.tree_unflatten(values, spec))
+        return tuple(out.masked_fill(out.isinf(), 0) for out in float_leaves(outputs))  # inf − inf is NaN
 
-    return function, [inputs[name].contiguous().requires_grad_() for name in names]
+    return function, [leaves[place].contiguous().requires_grad_() for place in places]
 
 
 @over(dtypes=("fp64",), samples=lambda op: small(op) if op.differentiable else [])
@@ -104,8 +109,15 @@ def test_gradcheck(op, dtype, sample):
 @over(dtypes=("fp64",), samples=lambda op: small(op)[:: 6 if INTERPRET else 1] if op.differentiable else [])
 def test_gradgradcheck(op, dtype, sample):
     function, tensors = differentiable(op, sample)
+    sizes = [t.shape for t in tensors]
+
+    def flat(vector):  # one argument and one result: the check's cost grows with their numbers' product
+        parts = vector.split([size.numel() for size in sizes])
+        return torch.cat([out.flatten() for out in function(*(p.view(s) for p, s in zip(parts, sizes)))])
+
+    vector = torch.cat([t.detach().flatten() for t in tensors]).requires_grad_()
     try:
-        assert gradgradcheck(function, tensors, fast_mode=True)
+        assert gradgradcheck(flat, [vector], fast_mode=True)
     except BackendDeclined as declined:
         pytest.skip(str(declined))
 
@@ -115,26 +127,14 @@ def test_gradgradcheck(op, dtype, sample):
     INTERPRET, reason="values are run twice bitwise on the native kernel; the interpreter is one thread"
 )
 def test_same_bits_from_run_to_run(op, dtype, sample):
-    inputs = sample.make(dtype, "cpu")
-    cotangents = {}
+    call, leaves = bind_gradient(op.function, sample.make(dtype, "cpu"), op.differentiable)
 
     def run():
         torch.manual_seed(3)
-        leaves = {
-            n: inputs[n].detach().requires_grad_()
-            for n in op.differentiable
-            if isinstance(inputs.get(n), torch.Tensor) and inputs[n].is_floating_point()
-        }
-        outputs = op.function(**inputs | leaves)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        if not leaves:
-            return outputs
-        for i, o in enumerate(outputs):
-            cotangents.setdefault(i, torch.randn_like(o))
-        grads = torch.autograd.grad(outputs, list(leaves.values()), [cotangents[i] for i in range(len(outputs))])
-        return (*outputs, *grads)
+        values = pytree.tree_leaves(call())
+        return values + differentiate(float_leaves(values), list(leaves.values()))
 
-    for first, second in zip(run(), run()):
+    for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first.nan_to_num(1e30), second.nan_to_num(1e30))
 
 
@@ -147,12 +147,10 @@ def test_opcheck(op, dtype, sample):
         arguments.extend(args)
         raise StopIteration
 
-    inputs = sample.make(dtype, "cpu")
-    for name in op.differentiable:
-        if isinstance(inputs.get(name), torch.Tensor) and inputs[name].is_floating_point():
-            inputs[name] = inputs[name].detach().requires_grad_()
+    body = functools.partial(op.body, capture)
+    call, _ = bind_gradient(body, sample.make(dtype, "cpu"), op.differentiable)
     with pytest.raises(StopIteration):
-        op.body(capture, **inputs)
+        call()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.library.opcheck(op.kernel, (*arguments, CPU))

@@ -5,6 +5,7 @@ import torch
 from pykernels.registry import OPS
 
 NAME = "torch.compile"
+UNROLLED = ("lstm", "gru", "rnn")
 SLOW_TO_START = True  # left out of --quick
 
 
@@ -15,5 +16,11 @@ def missing() -> str | None:
 def __getattr__(op: str):
     if op not in OPS:
         raise AttributeError(op)
+    if op in UNROLLED:
+        return _decline
     torch.compiler.reset()  # else the number of shapes seen so far would turn this one dynamic, or eager
     return torch.compile(OPS[op].reference, dynamic=False)
+
+
+def _decline(*_, **__):
+    raise NotImplementedError("it unrolls the loop over the steps, which takes it minutes a shape")

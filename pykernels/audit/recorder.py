@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import registry
 from .model import GPUS
@@ -127,6 +128,10 @@ class _TritonOnAnyDevice(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+
+
 def record(op: registry.Op, sample: registry.Sample, dtype: torch.dtype, targets: Iterable[str]) -> list[Launch]:
     """The launches of one op on one sample, forward and backward, for each target.
 
@@ -135,17 +140,15 @@ def record(op: registry.Op, sample: registry.Sample, dtype: torch.dtype, targets
     inputs = sample.make(dtype, "cpu")
     intensity = sample.flops(inputs) / (sample.bytes(inputs) or 1) if isinstance(sample, registry.Workload) else None
     for name in op.differentiable:
-        if isinstance(tensor := inputs.get(name), torch.Tensor) and tensor.is_floating_point():
-            inputs[name] = tensor.detach().requires_grad_()
-    leaves = [t for t in inputs.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+        inputs[name] = tree_map_only(torch.Tensor, _leaf, inputs.get(name))
+    leaves = [t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.requires_grad]
     noted = []
     for target in targets:
         with recording(target) as launches, contextlib.ExitStack() as stack:
             stack.enter_context(_replaced(registry, "unavailable", lambda backend, device_type: None))
             stack.enter_context(registry.use_backend("triton"))
             stack.enter_context(_TritonOnAnyDevice())
-            results = op.function(**inputs)
-            results = [t for t in (results if isinstance(results, tuple) else (results,)) if t.requires_grad]
+            results = [t for t in tree_leaves(op.function(**inputs)) if t.requires_grad]
             if results:
                 torch.autograd.grad(results, leaves, [torch.empty_like(t) for t in results], allow_unused=True)
         for launch in launches:

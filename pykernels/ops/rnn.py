@@ -1,0 +1,806 @@
+"""LSTM, GRU and Elman RNN, one step and whole sequences, as torch.nn's.
+
+    LSTM  i, f, o = σ(·), g = tanh(·) of W_ih x + b_ih + W_hh h + b_hh;  c' = f∘c + i∘g;  h' = [W_hr] (o ∘ tanh c')
+    GRU   r, z = σ(·);  n = tanh(W_in x + b_in + r∘(W_hn h + b_hn));  h' = (1 − z)∘n + z∘h
+    RNN   h' = tanh or relu of W_ih x + b_ih + W_hh h + b_hh
+
+(Hochreiter & Schmidhuber 1997; Cho et al., 1406.1078; Elman 1990.) Backward through time, for the LSTM:
+
+    do = dh'∘tanh c';  dc = dc' + dh'∘o∘(1 − tanh² c');  di = dc∘g;  dg = dc∘i;  df = dc∘c;  then σ' = s(1 − s),
+    tanh' = 1 − g²;  dh = W_hhᵀ dgates;  dc = dc∘f;  the weights' gradients are one product each after the loop
+
+One torch op serves the six public functions: padded [T, B, I], packed [total, I] with batch_sizes, a step [B, I].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import can_read, expect, expect_alike, expect_device, expect_tensor, expect_type
+from ..registry import (
+    FLOATS,
+    Sample,
+    Workload,
+    autocast,
+    refuse_forward_mode,
+    register,
+    second_order,
+    torch_op,
+    triton_declines,
+)
+
+LSTM, GRU, RNN_TANH, RNN_RELU = CELLS = range(4)
+GATES = (4, 3, 1, 1)  # rows of the weights, in units of H
+SAVED = (4, 4, 0, 0)  # what backward reads of a step, in units of H: i f g o; r z n and W_hn h + b_hn; nothing
+INTEGERS = (torch.int32, torch.int64)
+_DTYPES = (torch.float64, *FLOATS)
+
+
+# ------------------------------------------------------------------------------------------------ reference
+
+
+def reference(
+    input: Tensor,  # [T, B, I]; packed [total, I]; one step [B, I]
+    batch_sizes: Tensor | None,  # [T] on the CPU, of packed input
+    h0: Tensor,  # [B, P]
+    c0: Tensor | None,  # [B, H], of the LSTM
+    weight_ih: Tensor,  # [G·H, I]
+    weight_hh: Tensor,  # [G·H, P]
+    bias_ih: Tensor | None,  # [G·H]
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,  # [P, H]
+    lengths: Tensor | None,  # [B]
+    resets: Tensor | None,  # [T, B] bool
+    cell: int,
+    reverse: bool,
+    training: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(output, h_n [B, P], c_n [B, H] or None) by the equations above, a step at a time."""
+    step, packed, B = input.dim() == 2 and batch_sizes is None, batch_sizes is not None, h0.size(0)
+    active = None  # [T, B]
+    if step:
+        input = input[None]
+    elif packed:
+        active = torch.arange(B, device=input.device) < batch_sizes.to(input.device)[:, None]
+        where = active.nonzero(as_tuple=True)
+        input = input.new_zeros(*active.shape, input.size(1)).index_put(where, input)
+    elif lengths is not None:
+        active = torch.arange(len(input), device=input.device)[:, None] < lengths
+        input = torch.where(active[..., None], input, 0)  # padding may hold anything
+    from_input = torch.nn.functional.linear(input, weight_ih, bias_ih)
+    h, c, outputs = h0, c0, [input.new_zeros(0)] * len(input)
+    for t in range(len(input))[:: -1 if reverse else 1]:
+        before = h, c
+        if resets is not None:
+            h, c = (s if s is None else torch.where(resets[t, :, None], 0, s) for s in (h, c))
+        h, c = _step(cell, from_input[t], h, c, weight_hh, bias_hh, weight_hr)
+        outputs[t] = h
+        if active is not None:
+            outputs[t] = torch.where(active[t, :, None], h, 0)
+            h, c = (s if s is None else torch.where(active[t, :, None], s, old) for s, old in zip((h, c), before))
+    output = torch.stack(outputs) if outputs else h0[None][:0]
+    return output[0] if step else output[where] if packed else output, h, c
+
+
+def _step(cell, from_input, h, c, weight_hh, bias_hh, weight_hr):
+    from_state = torch.nn.functional.linear(h, weight_hh, bias_hh)
+    if cell == GRU:
+        (r, z, n), (hr, hz, hn) = from_input.chunk(3, -1), from_state.chunk(3, -1)
+        r, z = (r + hr).sigmoid(), (z + hz).sigmoid()
+        n = (n + r * hn).tanh()
+        return (1 - z) * n + z * h, None
+    gates = from_input + from_state
+    if cell != LSTM:
+        return gates.tanh() if cell == RNN_TANH else gates.relu(), None
+    i, f, g, o = gates.chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    return h if weight_hr is None else torch.nn.functional.linear(h, weight_hr), c
+
+
+# ------------------------------------------------------------------------------------------------ torch ops
+
+# The places of the differentiable arguments among the op's; results of the backward op in this order.
+_PRIMALS = (0, 2, 3, 4, 5, 6, 7, 8)
+
+
+def _outputs(input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *rest):
+    cell, _, training, _ = rest[-4:]
+    lead, B, H = input.shape[:-1], h0.size(0), weight_hh.size(0) // GATES[cell]
+    step = input.dim() == 2 and batch_sizes is None
+    exact = torch.float64 if input.dtype == torch.float64 else torch.float32
+
+    def saved(width):
+        return input.new_empty(*lead, width * H, dtype=exact) if training and width else input.new_empty(0, dtype=exact)
+
+    return (
+        input.new_empty(*lead, h0.size(1)),
+        input.new_empty(0) if step else input.new_empty(h0.shape),
+        input.new_empty(B, H) if cell == LSTM else input.new_empty(0),
+        saved(SAVED[cell]),
+        saved(1 if cell == LSTM else 0),
+    )
+
+
+def _gradients(grad_output, grad_h_n, grad_c_n, *rest):
+    wanted, primals = rest[-2], [rest[i] for i in _PRIMALS]
+    return tuple(primals[0].new_empty(p.shape if wanted >> i & 1 else 0) for i, p in enumerate(primals))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:11], output[0], *output[3:])
+    ctx.step = inputs[0].dim() == 2 and inputs[1] is None
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.cell, ctx.reverse, ctx.training, ctx.backend = inputs[11:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_output, grad_h_n, grad_c_n, *_):
+    if not ctx.training:
+        raise RuntimeError("pykernels::rnn: a gradient was asked of a call with training=False")
+    # Tracing makes up gradients of results that are empty.
+    grad_h_n, grad_c_n = None if ctx.step else grad_h_n, grad_c_n if ctx.cell == LSTM else None
+    wanted = [ctx.needs_input_grad[place] for place in _PRIMALS]
+    bits = sum(bit << i for i, bit in enumerate(wanted))
+    saved, scalars = ctx.saved_tensors, (ctx.cell, ctx.reverse, bits, ctx.backend)
+    grads = _rnn_backward_op(grad_output, grad_h_n, grad_c_n, *saved, *scalars)
+    results = [None] * 15
+    for place, want, grad in zip(_PRIMALS, wanted, grads):
+        results[place] = grad if want else None
+    return tuple(results)
+
+
+def _save_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:14])
+    ctx.cell, ctx.reverse = inputs[17:19]
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx, *cotangents):
+    grads, arguments = ctx.saved_tensors[:3], [*ctx.saved_tensors[3:]]
+
+    def forward(*primals):
+        for place, primal in zip(_PRIMALS, primals):
+            arguments[place] = primal
+        return reference(*arguments, ctx.cell, ctx.reverse)
+
+    primals = [arguments[place] for place in _PRIMALS]
+    second = second_order(forward, primals, grads, cotangents)
+    results = [*second[:3], *[None] * 18]
+    for place, value in zip(_PRIMALS, second[3:]):
+        results[3 + place] = value
+    return tuple(results)
+
+
+def _triton(*arguments):
+    from ..kernels import rnn as kernels
+
+    input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, resets = (
+        t if t is None else t.contiguous() for t in arguments[:11]
+    )
+    cell, reverse = arguments[11:13]
+    output, h_n, c_n, gates, cells = _outputs(*arguments)
+    step = input.dim() == 2 and batch_sizes is None
+    initial = c0 if cell == LSTM else h0 if cell == GRU else None
+    if step:
+        pre, T, h, state, new_state = None, 1, h0, initial, c_n if cell == LSTM else None
+    else:  # W_ih x of all rows, not rounded to the input's dtype
+        rows, transposed = input.flatten(0, -2), weight_ih.t()
+        if input.is_cuda and gates.dtype != input.dtype and torch.version.hip is None:
+            pre = torch.mm(rows, transposed, out_dtype=gates.dtype)
+        else:
+            pre = rows.to(gates.dtype) @ transposed.to(gates.dtype)
+        T = len(input) if batch_sizes is None else len(batch_sizes)
+        state = new_state = None if initial is None else initial.to(gates.dtype, copy=True)
+        h_n.copy_(h0)
+        h = h0.new_empty(len(rows) + len(h0), h0.size(1))  # output and, below it, h0: the kernel reads either
+        h[len(rows) :] = h0
+        output = h[: len(rows)].view_as(output)
+    kernels.forward(
+        *(input, pre, T, batch_sizes, h, len(h) - len(h0), weight_ih, weight_hh, bias_ih, bias_hh, weight_hr),
+        *(lengths, resets),
+        *(cell, reverse, output, None if step else h_n, state, new_state),
+        None if weight_hr is None else output.new_empty(c_n.shape),
+        gates if gates.numel() else None,
+        cells if cells.numel() else None,
+    )
+    if cell == LSTM and not step:
+        c_n.copy_(state)
+    return output, h_n, c_n, gates, cells
+
+
+def _triton_backward(*arguments):
+    from ..kernels import rnn as kernels
+
+    tensors = [t if t is None else t.contiguous() for t in arguments[:17]]
+    grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weight_ih, weight_hh, _, _, weight_hr = tensors[:12]
+    lengths, resets, output, gates, cells = tensors[12:]
+    cell, reverse, wanted, _ = arguments[17:]
+    exact, lead, (B, P) = gates.dtype, input.shape[:-1], h0.shape
+    H = weight_hh.size(0) // GATES[cell]
+    step = input.dim() == 2 and batch_sizes is None
+
+    def state(grad, width):
+        return input.new_zeros(B, width, dtype=exact) if grad is None else grad.to(exact, copy=True)
+
+    grad_h, grad_c = state(grad_h_n, P), state(grad_c_n, H) if cell == LSTM else None
+    grad_gates = input.new_empty(lead.numel(), max(SAVED[cell], 1) * H)
+    previous = input.new_empty(lead.numel(), P) if wanted >> 4 & 1 else None
+    grad_hidden = None if weight_hr is None else input.new_empty(lead.numel(), P)
+    kernels.backward(
+        grad_output,
+        1 if step else len(input) if batch_sizes is None else len(batch_sizes),
+        *(batch_sizes, h0, c0, weight_hh.t().contiguous(), None if weight_hr is None else weight_hr.t().contiguous()),
+        *(lengths, resets, output, gates, cells, cell, reverse, grad_h, grad_c, grad_gates, grad_hidden, previous),
+    )
+
+    rows, from_input, from_hidden = input.flatten(0, -2), grad_gates, grad_gates
+    if lengths is not None:  # padding may hold anything, and 0 · NaN is NaN
+        valid = torch.arange(len(input), device=input.device)[:, None] < lengths
+        rows = rows.masked_fill(~valid.flatten()[:, None], 0)
+    if cell == GRU:  # of n, r, z and W_hn h + b_hn
+        from_input, from_hidden = grad_gates[:, : 3 * H], grad_gates[:, H:]
+        weight_ih = weight_ih.roll(H, 0)
+
+    def in_order(grad):
+        return grad.roll(-H, 0) if cell == GRU else grad
+
+    formulas = (
+        lambda: (from_input @ weight_ih).view_as(input),
+        lambda: grad_h.to(input.dtype),
+        lambda: grad_c.to(input.dtype),
+        lambda: in_order(from_input.mT @ rows),
+        lambda: from_hidden.mT @ previous,
+        lambda: in_order(from_input.sum(0, dtype=exact)).to(input.dtype),
+        lambda: from_hidden.sum(0, dtype=exact).to(input.dtype),
+        lambda: grad_hidden.mT @ (gates.flatten(0, -2)[:, 3 * H :] * cells.flatten(0, -2).tanh()).to(input.dtype),
+    )
+    return tuple(formula() if wanted >> i & 1 else input.new_empty(0) for i, formula in enumerate(formulas))
+
+
+_TENSORS = (
+    "Tensor input, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
+    "Tensor? bias_hh, Tensor? weight_hr, Tensor? lengths, Tensor? resets"
+)
+
+_rnn_backward_op = torch_op(
+    f"rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, {_TENSORS}, Tensor output, Tensor gates, "
+    "Tensor cells, int cell, bool reverse, int wanted, int backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_gradients,
+    implementations={"triton": _triton_backward},
+    setup_context=_save_backward,
+    backward=_double_backward,
+)
+
+_rnn_op = torch_op(
+    f"rnn({_TENSORS}, int cell, bool reverse, bool training, int backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_outputs,
+    implementations={"triton": _triton},
+    setup_context=_save,
+    backward=_backward,
+)
+
+
+# ------------------------------------------------------------------------------------------------ public functions
+
+
+def _lstm(
+    run,
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    weight_hr: Tensor | None = None,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One layer of a long short-term memory over a sequence, in one direction.
+
+    Args:
+        input: [T, B, I], any strides; fp32, bf16, fp16 (and fp64 on the CPU). Packed with batch_sizes: [total, I].
+        hx: (h [B, P], c [B, H]), the state before the first step; None is zeros.
+        weight_ih: [4·H, I], rows in torch's order i, f, g, o.
+        weight_hh: [4·H, P]; P is H without a projection.
+        bias_ih, bias_hh: [4·H], both or neither.
+        weight_hr: [P, H]: h' = weight_hr (o ∘ tanh c') (torch's proj_size).
+        reverse: run from the last step to the first; output t still belongs to input t.
+        lengths: [B] int32 or int64: valid steps of each sequence, 0 to T. Output is 0 beyond; the final state is the
+            one after the last valid step (reverse: begins there).
+        resets: [T, B] bool: the state is zeroed before that step (an episode begins).
+        batch_sizes: [T] int64 on the CPU, not ascending: input is the data of a torch PackedSequence, whose step t has
+            the first batch_sizes[t] sequences. Not together with lengths or resets.
+
+    Returns:
+        output [T, B, P] (packed: [total, P]) and the final state (h_n [B, P], c_n [B, H]), all in the input's dtype;
+        within, c and the sums are fp32 (fp64 for fp64). Differentiable, twice too, in every floating argument.
+        A call equals any split of it in time, to the rounding of the states.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or value other than the above, before anything is computed.
+
+    Source: Hochreiter & Schmidhuber 1997 with the forget gate, as in torch.nn.LSTM; projection: Sak et al., 1402.1128.
+    """
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    output, h, c = _sequence(run, LSTM, input, hx, weights, reverse, lengths, resets, batch_sizes)
+    return output, (h, c)
+
+
+def _lstm_step(
+    run,
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of a long short-term memory: torch.lstm_cell.
+
+    Args:
+        input: [B, I].
+        hx: (h [B, P], c [B, H]), the state before the step.
+        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr: as in `lstm`.
+
+    Returns:
+        (h' [B, P], c' [B, H]) in the input's dtype. Differentiable, twice too.
+
+    Raises:
+        ValueError, TypeError: as `lstm`.
+    """
+    return _one_step(run, LSTM, input, hx, (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr))
+
+
+def _gru(
+    run,
+    input: Tensor,
+    hx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One layer of a gated recurrent unit over a sequence, in one direction.
+
+    Args:
+        input: [T, B, I], or with batch_sizes [total, I].
+        hx: [B, H], the state before the first step; None is zeros.
+        weight_ih, weight_hh: [3·H, I] and [3·H, H], rows in torch's order r, z, n.
+        bias_ih, bias_hh: [3·H], both or neither.
+        reverse, lengths, resets, batch_sizes: as in `lstm`.
+
+    Returns:
+        output [T, B, H] (packed: [total, H]) and h_n [B, H], in the input's dtype. Differentiable, twice too.
+
+    Raises:
+        ValueError, TypeError: as `lstm`.
+
+    Source: Cho et al., 1406.1078, with the reset gate after the product, as in torch.nn.GRU.
+    """
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh, None)
+    return _sequence(run, GRU, input, hx, weights, reverse, lengths, resets, batch_sizes)[:2]
+
+
+def _gru_step(
+    run,
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> Tensor:
+    """One step of a gated recurrent unit: torch.gru_cell.
+
+    Args:
+        input: [B, I].
+        hx: [B, H], the state before the step.
+        weight_ih, weight_hh, bias_ih, bias_hh: as in `gru`.
+
+    Returns:
+        h' [B, H] in the input's dtype. Differentiable, twice too.
+
+    Raises:
+        ValueError, TypeError: as `lstm`.
+    """
+    return _one_step(run, GRU, input, hx, (weight_ih, weight_hh, bias_ih, bias_hh, None))[0]
+
+
+def _rnn(
+    run,
+    input: Tensor,
+    hx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One layer of an Elman RNN over a sequence, in one direction.
+
+    Args:
+        input: [T, B, I], or with batch_sizes [total, I].
+        hx: [B, H], the state before the first step; None is zeros.
+        weight_ih, weight_hh: [H, I] and [H, H].
+        bias_ih, bias_hh: [H], both or neither.
+        nonlinearity: "tanh" or "relu".
+        reverse, lengths, resets, batch_sizes: as in `lstm`.
+
+    Returns:
+        output [T, B, H] (packed: [total, H]) and h_n [B, H], in the input's dtype. Differentiable, twice too.
+
+    Raises:
+        ValueError, TypeError: as `lstm`; another nonlinearity.
+
+    Source: Elman 1990, as in torch.nn.RNN.
+    """
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh, None)
+    cell = _check_nonlinearity(nonlinearity)
+    return _sequence(run, cell, input, hx, weights, reverse, lengths, resets, batch_sizes)[:2]
+
+
+def _rnn_step(
+    run,
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    nonlinearity: str = "tanh",
+) -> Tensor:
+    """One step of an Elman RNN: torch.rnn_tanh_cell, torch.rnn_relu_cell.
+
+    Args:
+        input: [B, I].
+        hx: [B, H], the state before the step.
+        weight_ih, weight_hh, bias_ih, bias_hh, nonlinearity: as in `rnn`.
+
+    Returns:
+        h' [B, H] in the input's dtype. Differentiable, twice too.
+
+    Raises:
+        ValueError, TypeError: as `rnn`.
+    """
+    cell = _check_nonlinearity(nonlinearity)
+    return _one_step(run, cell, input, hx, (weight_ih, weight_hh, bias_ih, bias_hh, None))[0]
+
+
+def _one_step(run, cell, input, hx, weights) -> tuple[Tensor, Tensor]:
+    """(h', c') of one step."""
+    h, c = _split_state(cell, hx)
+    input, h, c, *weights = autocast(input, h, c, *weights)
+    _check_sizes(cell, input, "[B, I]", h, c, weights)
+    training = _wants_gradient(input, h, c, *weights)
+    output, _, c, *_ = run(input, None, h, c, *weights, None, None, cell, False, training)
+    return output, c
+
+
+def _sequence(run, cell, input, hx, weights, reverse, lengths, resets, batch_sizes) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, h_n, c_n) of all steps."""
+    packed = batch_sizes is not None
+    layout = "[total, I]" if packed else "[T, B, I]"
+    h, c = _split_state(cell, hx)
+    input, h, c, *weights = autocast(input, h, c, *weights)
+    if h is None:
+        expect_tensor(input, "input", layout, _DTYPES)
+        expect_tensor(weights[1], "weight_hh", "[G·H, P]")
+        if packed:
+            expect_tensor(batch_sizes, "batch_sizes", "[T]", (torch.int64,))
+            B = int(batch_sizes[0]) if len(batch_sizes) else 0
+        else:
+            B = input.size(1)
+        h = input.new_zeros(B, weights[1].size(1))
+        c = input.new_zeros(B, weights[1].size(0) // GATES[cell]) if cell == LSTM else None
+    _check_sizes(cell, input, layout, h, c, weights)
+    B = h.size(0)
+    if packed:
+        others = lengths is None and resets is None
+        expect(others, "batch_sizes", "no lengths and no resets beside it", batch_sizes)
+        _check_batch_sizes(batch_sizes, input, B)
+    if lengths is not None:
+        expect_tensor(lengths, "lengths", "[B]", INTEGERS)
+        expect_device(lengths, "lengths", input, "input")
+        expect(lengths.size(0) == B, "lengths", f"[{B}] to match input's batch", lengths)
+        if can_read(lengths):
+            T = input.size(0)
+            expect(not ((lengths < 0) | (lengths > T)).any(), "lengths", f"lengths from 0 to {T}", lengths.tolist())
+        lengths = lengths.long()
+    if resets is not None:
+        expect_tensor(resets, "resets", "[T, B]", (torch.bool,))
+        expect_device(resets, "resets", input, "input")
+        expect(resets.shape == input.shape[:2], "resets", f"{list(input.shape[:2])} to match input", resets)
+    training = _wants_gradient(input, h, c, *weights)
+    results = run(input, batch_sizes, h, c, *weights, lengths, resets, cell, bool(reverse), training)
+    return results[:3]
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def _check_nonlinearity(nonlinearity: str) -> int:
+    expect(nonlinearity in ("tanh", "relu"), "nonlinearity", "'tanh' or 'relu'", nonlinearity)
+    return RNN_TANH if nonlinearity == "tanh" else RNN_RELU
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _split_state(cell: int, hx) -> tuple[Tensor | None, Tensor | None]:
+    """(h, c); GRU and RNN have no c."""
+    if cell != LSTM or hx is None:
+        return hx, None
+    expect_type(isinstance(hx, tuple | list), "hx", "a tuple (h, c)", hx)
+    expect(len(hx) == 2, "hx", "two tensors (h, c)", hx)
+    return hx
+
+
+def _check_sizes(cell, input, layout, h, c, weights) -> None:
+    """Shapes, dtypes and devices. A call at batch 1 waits for this, so messages are made when something is wrong."""
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
+    refuse_forward_mode("lstm, gru, rnn", (input, h, c, *weights))
+    expect_tensor(input, "input", layout, _DTYPES)
+    expect_tensor(weight_hh, "weight_hh", "[G·H, P]")
+    (rows, P), gates = weight_hh.shape, GATES[cell]
+    H = rows // gates
+    if H == 0 or rows % gates:
+        expect(False, "weight_hh", f"[{gates}·H, P] with H at least 1", weight_hh)
+    if weight_hr is None and P != H:
+        expect(False, "weight_hh", f"[{rows}, {H}]: P is H without weight_hr", weight_hh)
+    if (bias_ih is None) != (bias_hh is None):
+        expect(False, "bias_ih" if bias_ih is None else "bias_hh", "both biases or neither", None)
+    state = "hx[0]" if cell == LSTM else "hx"
+    if layout == "[total, I]":
+        expect_tensor(h, state, "[B, P]")
+        B = h.size(0)
+    else:
+        B = input.size(-2)
+    dtype, device = input.dtype, input.device
+    wanted = [(h, state, (B, P)), (weight_ih, "weight_ih", (rows, input.size(-1))), (weight_hh, "weight_hh", (rows, P))]
+    if cell == LSTM:
+        wanted.append((c, "hx[1]", (B, H)))
+    if bias_ih is not None:
+        wanted += (bias_ih, "bias_ih", (rows,)), (bias_hh, "bias_hh", (rows,))
+    if weight_hr is not None:
+        wanted.append((weight_hr, "weight_hr", (P, H)))
+    for value, name, shape in wanted:
+        if isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype and value.device == device:
+            continue
+        expect_type(isinstance(value, Tensor), name, f"a tensor {list(shape)}", value)
+        expect(value.shape == shape, name, f"{list(shape)} to match input and weight_hh", value)
+        expect_alike(value, name, input, "input")
+
+
+def _check_batch_sizes(batch_sizes, input, B) -> None:
+    expect_tensor(batch_sizes, "batch_sizes", "[T]", (torch.int64,))
+    expect(batch_sizes.device.type == "cpu", "batch_sizes", "a CPU tensor", str(batch_sizes.device))
+    if can_read(batch_sizes):
+        sizes = batch_sizes.tolist()
+        good = all(a >= b for a, b in zip([B, *sizes], [*sizes, 1])) and sum(sizes) == input.size(0)
+        expect(good, "batch_sizes", f"sizes from {B} not ascending to 1, of sum {input.size(0)}", sizes)
+
+
+# ------------------------------------------------------------------------------------------------ declarations
+
+
+def _layer(
+    gates, T, B, I, H, *, P=None, bias=True, state=True, lengths=None, resets=None, packed=None, order="tbi", size=1.0,
+    **options,
+):  # fmt: skip
+    """make(dtype, device) for a sequence. resets: their probability; packed: lengths, descending; size: of input."""
+
+    def make(dtype, device):
+        def draw(*shape):
+            return (torch.rand(shape, dtype=dtype, device=device) * 2 - 1) * H**-0.5  # as torch initialises
+
+        inputs = dict(
+            input=size * torch.randn(T, B, I, dtype=dtype, device=device), hx=None,
+            weight_ih=draw(gates * H, I), weight_hh=draw(gates * H, P or H),
+        )  # fmt: skip
+        if order == "bti":  # batch first, seen through a transpose
+            inputs["input"] = size * torch.randn(B, T, I, dtype=dtype, device=device).transpose(0, 1)
+        if bias:
+            inputs |= dict(bias_ih=draw(gates * H), bias_hh=draw(gates * H))
+        if P is not None:
+            inputs["weight_hr"] = draw(P, H)
+        if state:
+            h = torch.randn(B, P or H, dtype=dtype, device=device)
+            inputs["hx"] = (h, torch.randn(B, H, dtype=dtype, device=device)) if gates == GATES[LSTM] else h
+        if lengths is not None:
+            inputs["lengths"] = torch.tensor(lengths, device=device)
+        if resets is not None:
+            inputs["resets"] = torch.rand(T, B, device=device) < resets
+        if packed is not None:
+            inputs["batch_sizes"] = (torch.arange(T)[:, None] < torch.tensor(packed)).sum(1)
+            inputs["input"] = size * torch.randn(sum(packed), I, dtype=dtype, device=device)
+        return inputs | options
+
+    return make
+
+
+def _cell(gates, B, I, H, **options):
+    """make(dtype, device) for a step."""
+    layer = _layer(gates, 1, B, I, H, **options)
+
+    def make(dtype, device):
+        inputs = layer(dtype, device)
+        return inputs | dict(input=inputs["input"][0])
+
+    return make
+
+
+def _flops(inputs) -> float:
+    rows, weights = inputs["input"][..., 0].numel(), [inputs.get(f"weight_{w}") for w in ("ih", "hh", "hr")]
+    return 2.0 * rows * sum(w.numel() for w in weights if w is not None)
+
+
+def _traffic(inputs) -> float:
+    """Every tensor read once, output and final states written."""
+    tensors = torch.utils._pytree.tree_leaves(inputs)
+    read = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+    rows, width = inputs["input"][..., 0].numel(), inputs["weight_hh"].size(1)
+    return float(read + rows * width * inputs["input"].element_size())
+
+
+def _job(label, make, **more) -> Workload:
+    return Workload(label, make, flops=_flops, bytes=_traffic, train_flops=3.0, **more)
+
+
+_FEW = 4.0  # where a result is one number, eager's error is a matter of luck
+_LARGE = 4.0  # an argument of hundreds rounds by so many units of what its exponential is
+
+
+def _samples(name, op):
+    """Of `name`, with op(T, B, I, H, …) its maker."""
+    lstm = name == "lstm"
+    return [
+        Sample("plain", op(5, 3, 7, 8)),
+        Sample("odd sizes", op(6, 5, 3, 19)),
+        Sample("no state, no bias", op(4, 3, 5, 6, bias=False, state=False)),
+        Sample("one", op(1, 1, 1, 1), _FEW),
+        Sample("one sequence", op(40, 1, 20, 48)),
+        Sample("one sequence, wide", op(12, 1, 100, 200)),
+        Sample("several tiles", op(12, 18, 33, 70)),
+        Sample("many sequences", op(3, 70, 40, 33)),
+        Sample("long", op(100, 2, 8, 24)),
+        Sample("wide input, few steps", op(2, 2, 130, 10)),
+        Sample("reverse", op(7, 4, 5, 20, reverse=True)),
+        Sample("lengths", op(7, 5, 6, 18, lengths=(3, 7, 0, 1, 5))),
+        Sample("lengths, reverse", op(7, 5, 6, 18, lengths=(3, 7, 0, 1, 5), reverse=True)),
+        Sample("resets", op(9, 4, 6, 18, resets=0.3)),
+        Sample("resets, lengths, reverse", op(9, 3, 6, 17, resets=0.3, lengths=(9, 4, 6), reverse=True)),
+        Sample("packed", op(7, 5, 6, 18, packed=(7, 5, 3, 3, 1))),
+        Sample("packed, many", op(6, 30, 20, 40, packed=tuple(range(6, 0, -1)) + (1,) * 24, state=False)),
+        Sample("packed, reverse", op(7, 5, 6, 18, packed=(7, 5, 3, 3, 1), reverse=True)),
+        Sample("batch first", op(6, 4, 7, 20, order="bti")),
+        Sample("saturated", op(6, 4, 7, 20, size=300.0), _LARGE),
+        Sample("no steps", op(0, 3, 5, 6)),
+        Sample("no sequences", op(4, 0, 5, 6)),
+        Sample("no features", op(4, 3, 0, 6)),
+        *[
+            Sample(label, op(*sizes, **options))
+            for label, sizes, options in (
+                ("projection", (6, 4, 7, 20), dict(P=9)),
+                ("projection, one sequence", (9, 1, 7, 40), dict(P=33, reverse=True)),
+                ("projection, lengths, resets", (6, 4, 7, 20), dict(P=5, lengths=(6, 0, 2, 5), resets=0.3)),
+                ("projection, packed", (4, 3, 7, 20), dict(P=5, packed=(4, 3, 1), bias=False)),
+            )
+            if lstm
+        ],
+    ]
+
+
+def _step_samples(name, op):
+    return [
+        Sample("plain", op(3, 7, 8)),
+        Sample("one", op(1, 1, 1), _FEW),
+        Sample("one sequence", op(1, 40, 50)),
+        Sample("one sequence, wide", op(1, 150, 170)),
+        Sample("many sequences", op(33, 20, 35)),
+        Sample("no bias", op(4, 5, 17, bias=False)),
+        Sample("saturated", op(4, 6, 20, size=300.0), _LARGE),
+        Sample("no sequences", op(0, 5, 6)),
+        *([Sample("projection", op(5, 7, 20, P=9))] if name == "lstm" else []),
+    ]
+
+
+def _of(gates, maker, **fixed):
+    return lambda *sizes, **options: maker(gates, *sizes, **fixed, **options)
+
+
+def _square(B, T, H):
+    return f"B{B} T{T} H{H}", (T, B, H, H)
+
+
+_ragged = tuple(sorted((17 * i % 97 + 4 for i in range(32)), reverse=True))  # 32 sequences of 4 to 100 steps
+_sizes = [(1, 256, 128), (1, 256, 256), (1, 128, 1024), (4, 128, 512), (16, 128, 512), (64, 64, 256)]
+
+
+def _workloads(op, sizes, quick, trained, packed_width):
+    for case in sizes:
+        label, shape = _square(*case)
+        yield _job(label, op(*shape), quick=case in quick)
+    for case in trained:
+        label, shape = _square(*case)
+        yield _job(label, op(*shape), train=True, quick=case in quick)
+    for train in (False, True):
+        shape = (max(_ragged), len(_ragged), packed_width, packed_width)
+        label = f"32 packed of {min(_ragged)}–{max(_ragged)} H{packed_width}"
+        yield _job(label, op(*shape, packed=_ragged), train=train, quick=True)
+
+
+def _step_workloads(op):
+    for B, H in ((1, 256), (32, 256), (1, 1024)):
+        yield _job(f"B{B} H{H}", op(B, H, H), quick=H == 256)
+
+
+_common = dict(kernel=_rnn_op, reference=reference, supports={"cpu": lambda *_: None, "triton": triton_declines})
+_inputs = ("input", "hx", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+_few = _sizes[1:2] + _sizes[4:5]
+lstm = register(
+    _lstm,
+    **_common,
+    samples=_samples("lstm", _of(4, _layer)),
+    workloads=_workloads(_of(4, _layer), _sizes, _sizes, _sizes, 256),
+    differentiable=(*_inputs, "weight_hr"),
+)
+gru = register(
+    _gru,
+    **_common,
+    samples=_samples("gru", _of(3, _layer)),
+    workloads=_workloads(_of(3, _layer), _few, _few, _few, 256),
+    differentiable=_inputs,
+)
+rnn = register(
+    _rnn,
+    **_common,
+    samples=[
+        *_samples("rnn", _of(1, _layer)),
+        Sample("relu", _of(1, _layer)(6, 4, 7, 20, nonlinearity="relu")),
+        Sample(
+            "relu, resets, lengths", _of(1, _layer)(6, 3, 7, 20, nonlinearity="relu", resets=0.3, lengths=(6, 0, 4))
+        ),
+    ],
+    workloads=[_job("B1 T256 H256", _of(1, _layer)(256, 1, 256, 256), quick=True)],
+    differentiable=_inputs,
+)
+lstm_step = register(
+    _lstm_step,
+    **_common,
+    samples=_step_samples("lstm", _of(4, _cell)),
+    workloads=_step_workloads(_of(4, _cell)),
+    differentiable=(*_inputs, "weight_hr"),
+)
+gru_step = register(
+    _gru_step,
+    **_common,
+    samples=_step_samples("gru", _of(3, _cell)),
+    workloads=_step_workloads(_of(3, _cell)),
+    differentiable=_inputs,
+)
+rnn_step = register(
+    _rnn_step,
+    **_common,
+    samples=[*_step_samples("rnn", _of(1, _cell)), Sample("relu", _of(1, _cell)(4, 7, 20, nonlinearity="relu"))],
+    workloads=_step_workloads(_of(1, _cell)),
+    differentiable=_inputs,
+)
