@@ -305,22 +305,6 @@ inline ScoreRules make_rules(ScalarType storage, const std::optional<Tensor>& bi
   return rules;
 }
 
-// Calls f with a value of the storage type.
-template <class F>
-void for_dtype(ScalarType storage, const F& f) {
-  switch (storage) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    case ScalarType::Half: return f(Half{});
-    default: STD_TORCH_CHECK(false, "query: expected a floating dtype, got ", torch::headeronly::toString(storage));
-  }
-}
-
-inline ScalarType accumulator_of(ScalarType storage) {
-  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 inline void check_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                             const std::optional<Tensor>& bias, const std::optional<Tensor>& alibi_slopes,
                             const std::optional<Tensor>& key_lengths, const std::optional<Tensor>& cu_seqlens_q,

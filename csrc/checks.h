@@ -7,7 +7,9 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
 namespace {
 
@@ -41,6 +43,22 @@ inline void check_cpu_tensor(const Tensor& t, int64_t rank, ScalarType dtype, co
   check_cpu(t, name);
   check_rank(t, rank, name);
   check_dtype(t, dtype, name);
+}
+
+// Calls f with a value of the storage type.
+template <class F>
+void for_dtype(ScalarType storage, const F& f) {
+  switch (storage) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
+    case ScalarType::Half: return f(torch::headeronly::Half{});
+    default: STD_TORCH_CHECK(false, "expected a floating dtype, got ", torch::headeronly::toString(storage));
+  }
+}
+
+inline ScalarType accumulator_of(ScalarType storage) {
+  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 }  // namespace

@@ -47,6 +47,10 @@ struct ComputeOf<BFloat16> {
 };
 #endif
 
+// What an element of memory is as part of a unit; two bf16 elements in order are one unit.
+template <class P, class Storage>
+using ElementOf = std::conditional_t<P::depth == 2, Storage, typename P::Unit>;
+
 // A tile of C is TILE_ROWS x TILE_VECTORS accumulators: 24 of 32 registers (6 x 4), or 12 of 16 (6 x 2). Each step
 // along k then costs 10 loads for 24 multiply-adds (8 for 12), below the two loads a cycle that the cores have.
 constexpr int TILE_ROWS = 6;
@@ -157,8 +161,7 @@ PK_INLINE int64_t rows_ahead(const Rows& row, int64_t n) {
 // n elements of a row to units, in order, then zeros up to `width` units.
 template <class P, class Storage>
 void copy_row(const Storage* row, int64_t stride, int64_t n, typename P::Unit* out, int64_t width) {
-  // What an element becomes; two bf16 elements in order are one unit.
-  using Element = std::conditional_t<P::depth == 2, Storage, typename P::Unit>;
+  using Element = ElementOf<P, Storage>;
   constexpr bool as_is = std::is_same_v<Element, Storage>;
   constexpr int step = as_is ? PK_VECTOR_BYTES / sizeof(Element) : lanes<typename P::Acc>;
   auto* to = reinterpret_cast<Element*>(out);

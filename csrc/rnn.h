@@ -117,18 +117,6 @@ struct Arguments {
   }
 };
 
-// Calls f with a value of the storage type.
-template <class F>
-void for_dtype(ScalarType storage, const F& f) {
-  switch (storage) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    case ScalarType::Half: return f(Half{});
-    default: STD_TORCH_CHECK(false, "input: expected a floating dtype, got ", torch::headeronly::toString(storage));
-  }
-}
-
 // Calls f with the cell as a compile-time constant.
 template <class F>
 void for_cell(Cell cell, const F& f) {
@@ -138,10 +126,6 @@ void for_cell(Cell cell, const F& f) {
     case Cell::RNN_TANH: return f(std::integral_constant<Cell, Cell::RNN_TANH>{});
     case Cell::RNN_RELU: return f(std::integral_constant<Cell, Cell::RNN_RELU>{});
   }
-}
-
-inline ScalarType accumulator_of(ScalarType storage) {
-  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -27,21 +27,6 @@ constexpr int blocks_of(Cell cell) { return cell == Cell::GRU ? 4 : gates_of(cel
 
 enum Result { INPUT, H0, C0, WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, WEIGHT_HR, RESULTS };
 
-// min(count, lanes) elements `stride` apart, then zeros.
-template <class Acc, class Storage>
-PK_INLINE Vec<Acc> load_part(const Storage* from, int64_t count, int64_t stride = 1) {
-  if (count >= lanes<Acc> && stride == 1) return load_as<Acc>(from);
-  Vec<Acc> v = {};
-  for (int64_t i = 0; i < std::min<int64_t>(count, lanes<Acc>); ++i) v[i] = static_cast<Acc>(from[i * stride]);
-  return v;
-}
-
-template <class Acc, class Storage>
-PK_INLINE void store_part(Storage* to, Vec<Acc> v, int64_t count) {
-  if (count >= lanes<Acc>) return store_as<Acc>(to, v);
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<Storage>(v[i]);
-}
-
 // One step of W units. saved: [saved_of(cell)]; before, after: c of the LSTM, else h. d: [blocks_of(cell)] gets the
 // gradients before the nonlinearities, dc becomes that of the step before; returns what of dh goes there directly.
 template <Cell cell, class Acc>
@@ -88,7 +73,7 @@ class Backward {
   using P = typename ComputeOf<Storage>::type;
   using Acc = typename P::Acc;
   using Unit = typename P::Unit;
-  using Element = std::conditional_t<P::depth == 2, Storage, Unit>;  // of an operand of the products
+  using Element = ElementOf<P, Storage>;  // of an operand of the products
   static constexpr int W = lanes<Acc>;
   static constexpr int64_t LEAST_STEP = int64_t(1) << 13, LEAST_WORK = int64_t(1) << 18;  // products for each thread
   static constexpr int64_t SUM_ROWS = 64;  // dgates in a partial bias sum, for accuracy
@@ -251,7 +236,7 @@ class Backward {
     for (int64_t slot = 0; slot < B; ++slot)
       for (int64_t j = part.first; j < part.last; j += W) {
         Vec<Acc> v = {};
-        if (from) v = load_part<Acc>(from.row(schedule.sequence(slot)) + j * from.stride, part.last - j, from.stride);
+        if (from) v = load_some<Acc>(from.row(schedule.sequence(slot)) + j * from.stride, part.last - j, from.stride);
         store(to + slot * to_width + j, v);
       }
   }
@@ -261,14 +246,14 @@ class Backward {
     auto v = load<Vec<Acc>>(dh + slot * state_width + j);
     if (!grad.output) return v;
     const int64_t stride = grad.output.stride;
-    return v + load_part<Acc>(schedule.at(grad.output, t, slot) + j * stride, last - j, stride);
+    return v + load_some<Acc>(schedule.at(grad.output, t, slot) + j * stride, last - j, stride);
   }
 
   void add_outputs(int64_t t, int64_t active, const Part& columns) const {
     for (int64_t slot = 0; slot < active; ++slot) {
       Element* to = projected + (first[t] + slot) * projected_width;
       for (int64_t j = columns.first; j < columns.last; j += W)
-        store_part<Acc>(to + j, state_gradient(t, slot, j, columns.last), columns.last - j);
+        store_some<Acc>(to + j, state_gradient(t, slot, j, columns.last), columns.last - j);
       if (columns.last == PH) to[PH] = Element(0);  // the other half of a pair
     }
   }
@@ -283,26 +268,26 @@ class Backward {
       const int64_t count = units.last - j;
       Vec<Acc> from[std::max(SAVED, 1)], d[BLOCKS], before = {}, after = {}, grad_state = {};
       PK_UNROLL
-      for (int i = 0; i < SAVED; ++i) from[i] = load_part<Acc>(gates + i * H + j, count);
+      for (int i = 0; i < SAVED; ++i) from[i] = load_some<Acc>(gates + i * H + j, count);
       if constexpr (CELL == Cell::LSTM) {
-        before = load_part<Acc>(row.c + j, count), after = load_part<Acc>(saved.cells + row.place * H + j, count);
+        before = load_some<Acc>(row.c + j, count), after = load_some<Acc>(saved.cells + row.place * H + j, count);
         grad_state = load<Vec<Acc>>(dc + slot * width + j);
       } else if constexpr (CELL == Cell::GRU) {
-        before = load_part<Acc>(row.h + j, count);
+        before = load_some<Acc>(row.h + j, count);
       } else {
-        after = load_part<Acc>(saved.output + row.place * H + j, count);
+        after = load_some<Acc>(saved.output + row.place * H + j, count);
       }
       Vec<Acc> grad_h = a.weight_hr ? load<Vec<Acc>>(dm + slot * width + j) : state_gradient(t, slot, j, units.last);
       Vec<Acc> direct = differentiate<CELL, Acc>(from, before, after, grad_h, grad_state, d);
       if constexpr (CELL == Cell::LSTM) {
         store(dc + slot * width + j, grad_state);
         if (result[WEIGHT_HR])
-          store_part<Acc>(squashed + (first[t] + slot) * width + j, from[3] * tanh<Acc>(after), count);
+          store_some<Acc>(squashed + (first[t] + slot) * width + j, from[3] * tanh<Acc>(after), count);
       }
       if constexpr (CELL == Cell::GRU) store(dh + slot * state_width + j, direct);
       PK_UNROLL
       for (int i = 0; i < BLOCKS; ++i) {
-        store_part<Acc>(to + i * H + j, d[i], count);
+        store_some<Acc>(to + i * H + j, d[i], count);
         Acc* part = bias_parts + i * width + j;
         store(part, load<Vec<Acc>>(part) + d[i]);
       }
@@ -325,7 +310,7 @@ class Backward {
     auto finish = [&](Storage* to, int64_t columns, const Acc* from, int64_t from_width) {
       for (int64_t slot = 0; to && slot < B; ++slot)
         for (int64_t j = 0; j < columns; j += W)
-          store_part<Acc>(to + schedule.sequence(slot) * columns + j, load<Vec<Acc>>(from + slot * from_width + j),
+          store_some<Acc>(to + schedule.sequence(slot) * columns + j, load<Vec<Acc>>(from + slot * from_width + j),
                           columns - j);
     };
     finish(result[H0], PH, dh, state_width);

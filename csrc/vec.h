@@ -184,6 +184,24 @@ PK_INLINE void store_as(Storage* p, Vec<Acc> v) {
   }
 }
 
+// min(count, lanes) elements `stride` apart, then zeros.
+template <class Acc, class Storage>
+PK_INLINE Vec<Acc> load_some(const Storage* from, int64_t count, int64_t stride = 1) {
+  if (count >= lanes<Acc> && stride == 1) return load_as<Acc>(from);
+  Vec<Acc> v = {};
+  for (int64_t i = 0; i < (count < lanes<Acc> ? count : lanes<Acc>); ++i) v[i] = static_cast<Acc>(from[i * stride]);
+  return v;
+}
+
+// The first min(count, lanes) elements.
+template <class Acc, class Storage>
+PK_INLINE void store_some(Storage* to, Vec<Acc> v, int64_t count) {
+  if (count >= lanes<Acc>) return store_as<Acc>(to, v);
+  Storage all[lanes<Acc>];
+  store_as<Acc>(all, v);
+  std::memcpy(to, all, count * sizeof(Storage));
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // Functions
 

@@ -101,6 +101,8 @@ def _session(kind, weights, reverse, ragged, threads):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
+    # Else its threads go on spinning after a call, on the cores whose turn it is to serve another candidate.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.log_severity_level = 3
     providers = ["CPUExecutionProvider"]
     return onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=providers)

@@ -582,7 +582,7 @@ def _check_sizes(cell, input, layout, h, c, weights) -> None:
     if weight_hr is not None:
         wanted.append((weight_hr, "weight_hr", (P, H)))
     for value, name, shape in wanted:
-        if isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype and value.device == device:
+        if isinstance(value, Tensor) and value.shape == shape and value.dtype is dtype and value.device == device:
             continue
         expect_type(isinstance(value, Tensor), name, f"a tensor {list(shape)}", value)
         expect(value.shape == shape, name, f"{list(shape)} to match input and weight_hh", value)
