@@ -35,7 +35,7 @@ Operand<true, Rows> rows_along_k(Rows row, int64_t stride = 1) { return {row, st
 template <class P>
 struct Panels {
   static constexpr int W = lanes<typename P::Acc>;
-  // Units of k that are summed in registers: 128 would be 3 % slower. The error is 1.15 times MKL's, 128's 0.9 times.
+  // Units of k that are summed in registers. 256 would be up to 3 % faster, with 1.15 times MKL's error, not 0.9 times.
   static constexpr int64_t SUM_UNITS = 128;
 
   int64_t vectors, units;
