@@ -465,13 +465,20 @@ def test_a_compiler_that_dies_names_its_victim(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_attention_as_it_is_shipped(target):
+@pytest.mark.parametrize(
+    ("name", "sizes", "kernels"),
+    [
+        ("attention", ("D64 causal", "D128 causal"), {"_forward", "_grad_q", "_grad_kv"}),
+        ("lstm", ("T256 H256", "T64 H256"), {"_step", "_step_backward"}),
+    ],
+)
+def test_kernels_as_they_are_shipped(name, sizes, kernels, target):
     """Forward and backward of the commonest sizes; `make audit` compiles every configuration for every target."""
-    op = registry.OPS["attention"]
-    works = [work for work in op.workloads if "D64 causal" in work.label or "D128 causal" in work.label]
+    op = registry.OPS[name]
+    works = [work for work in op.workloads if work.label.endswith(sizes)]
     launches = {launch.key: launch for work in works for launch in recorder.record(op, work, torch.bfloat16, [target])}
     rows = [measure.inspect(launch) for launch in launches.values()]
-    assert {row.kernel for row in rows} >= {"_forward", "_grad_q", "_grad_kv"}
+    assert {row.kernel for row in rows} >= kernels
     for row in rows:
         assert not row.failures, f"{row.kernel} {row.settings}: {row.failures}"
         assert row.spilled == 0, row.kernel

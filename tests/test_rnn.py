@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import pykernels as pk
 from pykernels.check import compare, differentiate
+from pykernels.ops.rnn import GRU
 from pykernels.registry import CPU, INTERPRET, OPS, TRITON, unavailable
 
 BACKEND = "triton" if INTERPRET else "cpu"
@@ -616,10 +617,10 @@ def test_modules_refuse_what_torchs_refuse(name, arguments):
     assert len(words & set(str(error.value).split())) >= len(words) // 2
 
 
-def test_nothing_is_computed_where_a_gradient_would_be_lost():
-    """training=False keeps nothing for backward: such a call says so instead of returning zeros."""
-    weights, input = layer("gru", 4, 6), draw(5, 3, 4)
-    with torch.no_grad():
-        output, _ = pk.gru(input, None, *[w.requires_grad_() for w in weights])
-    assert not output.requires_grad
-    assert pk.gru(input, None, *weights)[0].requires_grad
+@needs_kernels
+def test_a_call_that_kept_nothing_for_backward_refuses_a_gradient():
+    weights, input = layer("gru", 4, 6), draw(5, 3, 4).requires_grad_()
+    arguments = (input, None, draw(3, 6), None, *weights, None, None, None, GRU, False)
+    output, *_ = torch.ops.pykernels.rnn(*arguments, False, CPU)
+    with pytest.raises(RuntimeError, match="training=False"):
+        output.sum().backward()
