@@ -661,6 +661,8 @@ def _cached(B, H, n, S, D, lengths, *, Hk=None, Dv=None, page=None, **options):
 _ROW_SUMS = 16.0
 # The slopes' gradients are a handful of numbers, each a sum of thousands: eager's error there is a matter of luck.
 _FEW_SUMS = 4.0
+# Where a row sees one key, dP − Δ is 0: ours leaves the rounding of both, eager's softmax exactly nothing.
+_ONE_KEY = 4.0
 # Triton's interpreter has no fused multiply-add: it rounds a large exponent twice where a GPU and the CPU do once.
 _NO_FMA = 4.0 if INTERPRET else 1.0
 
@@ -677,10 +679,10 @@ _attention_samples = [
     Sample("many queries", _dense(1, 1, 385, 70, 16)),
     Sample("many heads", _dense(4, 4, 70, 130, 8, causal=True)),
     Sample("odd sizes", _dense(2, 3, 37, 53, 17)),
-    Sample("one", _dense(1, 1, 1, 1, 1, return_lse=True)),
+    Sample("one", _dense(1, 1, 1, 1, 1, return_lse=True), _ONE_KEY),
     Sample("one query", _dense(2, 4, 1, 77, 40, Hk=2)),
     Sample("few queries, long keys", _dense(1, 2, 3, 1031, 24, causal=True)),
-    Sample("one key", _dense(2, 2, 19, 1, 8, return_lse=True)),
+    Sample("one key", _dense(2, 2, 19, 1, 8, return_lse=True), _ONE_KEY),
     Sample("more queries than keys, causal", _dense(1, 2, 41, 23, 16, causal=True)),
     Sample("grouped heads, causal", _dense(2, 6, 45, 61, 33, Hk=2, causal=True)),
     Sample("one key head", _dense(1, 5, 20, 34, 20, Hk=1)),
@@ -700,7 +702,7 @@ _attention_samples = [
     Sample("bias with -inf", _dense(1, 2, 34, 5, 16, bias=("inf", (2, 34, 5)))),
     Sample("window", _dense(1, 2, 97, 97, 16, window=(20, 5))),
     Sample("causal window", _dense(1, 2, 150, 190, 16, window=(40, None), causal=True)),
-    Sample("window of one", _dense(1, 2, 45, 60, 16, window=(0, 0), return_lse=True, size=0.3)),
+    Sample("window of one", _dense(1, 2, 45, 60, 16, window=(0, 0), return_lse=True, size=0.3), _ONE_KEY),
     Sample("softcap", _dense(1, 2, 40, 70, 16, softcap=3.0, size=4.0)),
     Sample("softcap and bias, causal", _dense(1, 2, 40, 70, 16, softcap=3.0, causal=True, bias=("inf", (40, 70)))),
     Sample("alibi", _dense(2, 4, 40, 60, 16, slopes=(4,), causal=True), _FEW_SUMS),
