@@ -22,11 +22,24 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch.utils import _pytree as pytree
 
-from .registry import BACKENDS, FLOATS, OPS, BackendDeclined, Inputs, Op, available_backends, unavailable, use_backend
+from .registry import (
+    BACKENDS,
+    FLOATS,
+    OPS,
+    BackendDeclined,
+    Inputs,
+    Op,
+    Sample,
+    available_backends,
+    unavailable,
+    use_backend,
+)
 
 # Where eager happens to be exact ours still rounds: a score, the normaliser and the store, once each, and the argument
 # of an exponential, whose rounding is worth as many units as the argument is large.
 ULPS = 8
+FLUKE = 3.0  # times the allowance: what one draw may exceed it by before its redraws are not even asked
+REDRAWS = 3  # each of which must then keep to the rule
 
 Values = dict[str, torch.Tensor]
 
@@ -205,6 +218,35 @@ def compare(
         return Expected(op, inputs, backward, slack).judge(op.function, poison)
 
 
+def compare_sample(
+    op: Op,
+    sample: Sample,
+    dtype: torch.dtype,
+    device: str,
+    backend: str,
+    change: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+) -> list[Result]:
+    """compare() on the sample as drawn now and then changed. A small excess is a finding if fresh draws repeat it.
+
+    Both sides of the rule are one draw of rounding: in about one case of a thousand eager's is lucky enough, where the
+    exact values cancel, for ours to look wrong by a third. A wrong kernel is wrong on the next draw as well.
+    """
+    seed = torch.initial_seed()
+
+    def draw(attempt: int) -> tuple[list[Result], float]:
+        torch.manual_seed(seed + attempt)
+        results = compare(op, change(sample.make(dtype, device)), backend, slack=sample.slack)
+        return results, max((result.share for result in results), default=0.0)
+
+    results, worst = draw(0)
+    if 1 < worst <= FLUKE:
+        for attempt in range(1, 1 + REDRAWS):
+            results, worst = draw(attempt)
+            if worst > 1:
+                break
+    return results
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 
@@ -281,7 +323,7 @@ def main(args: argparse.Namespace) -> int:
                     where = {"op": op.name, "device": device, "backend": backend, "dtype": dtype_name(dtype)}
                     torch.manual_seed(seed)
                     try:
-                        results = compare(op, sample.make(dtype, device), backend, slack=sample.slack)
+                        results = compare_sample(op, sample, dtype, device, backend)
                     except BackendDeclined as declined:
                         skips[f"{dtype_name(dtype)}: {declined}"] += 1
                         records.append({**where, "sample": str(sample), "skipped": str(declined)})

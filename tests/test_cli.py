@@ -7,6 +7,7 @@ import torch
 from toy import declared, softmax_scale
 
 from pykernels.__main__ import main
+from pykernels.check import Expected
 
 
 class WrongGradient(torch.autograd.Function):
@@ -52,6 +53,19 @@ def test_a_broken_kernel_fails(how, capsys):
     printed = capsys.readouterr().out
     assert "wrong toy, cpu, cpu, fp32, small: " in printed
     assert ("grad x" if "gradient" in how else "out[") in printed
+
+
+@pytest.mark.parametrize(("excesses", "verdict"), [([2], 0), ([2, 0, 0, 2], 1), ([4], 1)])
+def test_a_small_excess_is_drawn_again(excesses, verdict):
+    """It must then hold three times; a large one is not."""
+    calls = iter(excesses)
+
+    def off(x, w):
+        allowed = Expected(op, {"x": x.detach(), "w": w.detach()}).allowed["out[0]"]
+        return softmax_scale(x, w)[0] + next(calls, 0) * allowed, x.argmax(-1)
+
+    with declared(off) as op:
+        assert main(["check", "toy", "--dtype", "fp32"]) == verdict
 
 
 def test_a_kernel_that_raises_is_not_swallowed():

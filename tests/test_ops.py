@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pykernels as pk
-from pykernels.check import bind_gradient, compare, differentiate, evaluate, float_leaves, is_float
+from pykernels.check import bind_gradient, compare_sample, differentiate, evaluate, float_leaves, is_float
 from pykernels.registry import CPU, INTERPRET, OPS, TRITON, BackendDeclined, unavailable
 
 BACKEND = "triton" if INTERPRET else "cpu"
@@ -51,16 +51,16 @@ def holds(results):
     assert not wrong, "\n".join(wrong)
 
 
-def compare_or_skip(*args, **kwargs):
+def compare_or_skip(*args):
     try:
-        return compare(*args, **kwargs)
+        return compare_sample(*args)
     except BackendDeclined as declined:
         pytest.skip(str(declined))
 
 
 @over()
 def test_values_and_gradients(op, dtype, sample):
-    holds(compare_or_skip(op, sample.make(dtype, "cpu"), BACKEND, slack=sample.slack))
+    holds(compare_or_skip(op, sample, dtype, "cpu", BACKEND))
 
 
 def restride(tensor):
@@ -75,8 +75,7 @@ def restride(tensor):
 
 @over(dtypes=("fp32", "bf16"), samples=lambda op: op.samples[:: 5 if INTERPRET else 1])
 def test_strided_inputs(op, dtype, sample):
-    inputs = pytree.tree_map(restride, sample.make(dtype, "cpu"))
-    holds(compare_or_skip(op, inputs, BACKEND, slack=sample.slack))
+    holds(compare_or_skip(op, sample, dtype, "cpu", BACKEND, functools.partial(pytree.tree_map, restride)))
 
 
 def differentiable(op, sample):
