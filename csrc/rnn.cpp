@@ -484,18 +484,6 @@ class Forward {
 // ---------------------------------------------------------------------------------------------------------------
 // The op
 
-// A result, contiguous; made by the shim itself, since new_empty looks its op up by name: 4 µs of a step.
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  using torch::stable::detail::from, torch::stable::detail::to;
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (int64_t d = sizes.size() - 2; d >= 0; --d) strides[d] = strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
-  AtenTensorHandle made;
-  auto error = aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), to<int32_t>(from(dtype)),
-                                        aoti_torch_device_type_cpu(), 0, &made);
-  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "rnn: expected room for a result");
-  return Tensor(made);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn(
     Tensor input, std::optional<Tensor> batch_sizes, Tensor h0, std::optional<Tensor> c0, Tensor weight_ih,
     Tensor weight_hh, std::optional<Tensor> bias_ih, std::optional<Tensor> bias_hh, std::optional<Tensor> weight_hr,

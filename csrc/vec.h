@@ -296,15 +296,20 @@ PK_INLINE ExpParts<T> exp_parts(Vec<T> x) {
 template <class T>
 PK_INLINE Vec<T> absolute(Vec<T> x) { return (Vec<T>)((Vec<Bits<T>>)x & std::numeric_limits<Bits<T>>::max()); }
 
+// e^x for x <= 0, to an ulp. Zero where it would be subnormal. NaN stays NaN.
+template <class T>
+PK_INLINE Vec<T> exp_negative(Vec<T> x) {
+  const T lowest = sizeof(T) == 4 ? T(-87.3) : T(-708.3);  // e^lowest is normal
+  Vec<Bits<T>> subnormal = x < lowest;
+  auto [power, less] = exp_parts<T>(select<T>(subnormal, broadcast(lowest), x));
+  return select<T>(subnormal, Vec<T>{}, power * less + power);
+}
+
 // 1 / (1 + e^-x), accurate in relative error in both tails: with e = e^-|x| <= 1, it is 1 / (1 + e) or e / (1 + e).
 // Zero where e would be subnormal. NaN stays NaN.
 template <class T>
 PK_INLINE Vec<T> sigmoid(Vec<T> x) {
-  const T lowest = sizeof(T) == 4 ? T(-87.3) : T(-708.3);  // e^lowest is normal
-  Vec<T> a = -absolute<T>(x);
-  Vec<Bits<T>> subnormal = a < lowest;
-  auto [power, less] = exp_parts<T>(select<T>(subnormal, broadcast(lowest), a));
-  Vec<T> e = select<T>(subnormal, Vec<T>{}, power * less + power);
+  Vec<T> e = exp_negative<T>(-absolute<T>(x));
   return select<T>(x < T(0), e, broadcast(T(1))) / (e + T(1));
 }
 
@@ -352,6 +357,16 @@ PK_INLINE void transpose(Vec<T> (&m)[lanes<T>]) {
     PK_UNROLL
     for (int i = 0; i < n; ++i) m[i] = zipped[i];
   }
+}
+
+// The sums of the vectors' lanes, each in its vector's place.
+template <class T>
+PK_INLINE Vec<T> row_sums(Vec<T> (&m)[lanes<T>]) {
+  transpose<T>(m);
+  PK_UNROLL
+  for (int n = lanes<T> / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) m[i] += m[i + n];
+  return m[0];
 }
 
 #if defined(__AVX512BF16__)

@@ -10,7 +10,7 @@ from toy import declared, softmax_scale
 from pykernels import OPS
 from pykernels.__main__ import main
 from pykernels.bench import measure
-from pykernels.bench.peers import onnxrt, sdpa, torch_nn
+from pykernels.bench.peers import hf_rwkv, onnxrt, sdpa, torch_nn
 from pykernels.check import Expected
 
 
@@ -70,7 +70,7 @@ def test_peak_memory_sees_scratch():
 
 @pytest.mark.parametrize(
     ("peer", "name"),
-    [pytest.param(p, n, id=f"{p.NAME}-{n}") for p in (sdpa, torch_nn, onnxrt) for n in OPS if hasattr(p, n)],
+    [pytest.param(p, n, id=f"{p.NAME}-{n}") for p in (sdpa, torch_nn, onnxrt, hf_rwkv) for n in OPS if hasattr(p, n)],
 )
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_peers_are_right_where_they_express_it(peer, name):

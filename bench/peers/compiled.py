@@ -5,7 +5,7 @@ import torch
 from pykernels.registry import OPS
 
 NAME = "torch.compile"
-UNROLLED = ("lstm", "gru", "rnn")
+UNROLLED = ("lstm", "gru", "rnn", "wkv4", "wkv6", "wkv7")
 SLOW_TO_START = True  # left out of --quick
 
 

@@ -1,0 +1,374 @@
+"""RWKV-5, -6 and -7: recurrences on a matrix per head whose rows decay, each at its own rate.
+
+    RWKV-6  S_t = diag(e^{w_t}) S_{t−1} + k_t v_tᵀ;                       y_t = scale · r_tᵀ(S_{t−1} + diag(u) k_t v_tᵀ)
+    RWKV-7  S_t = diag(e^{w_t}) S_{t−1} + b_t (a_tᵀ S_{t−1}) + k_t v_tᵀ;  y_t = scale · r_tᵀ S_t
+
+(2404.05892, 2503.14456.) RWKV-5 is the former with a w that does not depend on t. S: [K, V], w ≤ 0 the log decay.
+Backward, t descending, with G the gradient of S_t from the steps after, g = scale · gy_t, d = e^{w_t}:
+
+    RWKV-6  gr = S_{t−1} g + u∘k (v·g);  gk = G v + u∘r (v·g);  gv = Gᵀ k + g (r·(u∘k));  gu += r∘k (v·g)
+            gw = d∘rowsum(S_{t−1}∘G);  G ← diag(d) G + r gᵀ
+    RWKV-7  G += r gᵀ;  gr = S_t g;  gk = G v;  gv = Gᵀ k;  gb = G s;  c = Gᵀ b;  ga = S_{t−1} c   (s = S_{t−1}ᵀ a)
+            gw = d∘rowsum(S_{t−1}∘G);  G ← diag(d) G + a cᵀ
+
+Chunked, with E the running sum of w from the chunk's start and L its last step: what reaches step i from step j < i is
+damped by e^{E_{i−1}−E_j}, from the chunk's first state by e^{E_{i−1}}, to its last by e^{E_L−E_j}: never a positive
+exponent, whereas e^{E_i}·e^{−E_j} overflows. One torch op serves both: with u it is RWKV-6, with a and b RWKV-7.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import expect, expect_device, expect_tensor, expect_type
+from ..registry import (
+    FLOATS,
+    Sample,
+    Workload,
+    autocast,
+    refuse_forward_mode,
+    register,
+    second_order,
+    torch_op,
+    triton_declines,
+)
+from .wkv4 import check_decay, exact_of
+
+CHUNK = 32  # steps from one saved state to the next
+_DTYPES = (torch.float64, *FLOATS)
+
+
+def reference(
+    r: Tensor,  # [B, T, H, K]
+    w: Tensor,  # [B, T, H, K]
+    k: Tensor,  # [B, T, H, K]
+    v: Tensor,  # [B, T, H, V]
+    u: Tensor | None,  # [H, K]
+    a: Tensor | None,  # [B, T, H, K]
+    b: Tensor | None,  # [B, T, H, K]
+    state: Tensor | None,  # [B, H, K, V]
+    scale: float,
+    training: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(y, state) by the equations above, a step at a time."""
+    exact, dtype = exact_of(r.dtype), r.dtype
+    B, T, H, K = r.shape
+    r, w, k, v, u, a, b = (t if t is None else t.to(exact) for t in (r, w, k, v, u, a, b))
+    S, d = r.new_zeros(B, H, K, v.size(3)) if state is None else state, w.exp()
+    outputs = []
+    for t in range(T):
+        kv = k[:, t, :, :, None] * v[:, t, :, None]
+        before = S
+        S = d[:, t, :, :, None] * S + kv
+        if u is not None:
+            read = before + u[..., None] * kv
+        else:
+            S = read = S + b[:, t, :, :, None] * (a[:, t, :, None] @ before)
+        outputs.append((scale * r[:, t, :, None] @ read)[:, :, 0])
+    return torch.stack(outputs, 1).to(dtype) if outputs else v.to(dtype), S
+
+
+# ------------------------------------------------------------------------------------------------ torch ops
+
+
+def _outputs(r, w, k, v, u, a, b, state, scale, training, backend):
+    B, T, H, K = r.shape
+    V = v.size(3)
+    chunks = -(-T // CHUNK) if training else 0
+    return r.new_empty(v.shape), w.new_empty(B, H, K, V), w.new_empty(chunks, B, H, K, V)
+
+
+def _gradients(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, scale, backend):
+    return tuple(w.new_empty(0) if t is None else t.new_empty(t.shape) for t in (r, w, k, v, u, a, b, state))
+
+
+def _save(ctx, inputs, output):
+    *primals, ctx.scale, ctx.training, ctx.backend = inputs
+    ctx.save_for_backward(*primals, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_y, grad_state, _):
+    if not ctx.training:
+        raise RuntimeError("pykernels::wkv: a gradient was asked of a call with training=False")
+    grads = _backward_op(grad_y, grad_state, *ctx.saved_tensors, ctx.scale, ctx.backend)
+    given = (grad if primal is not None else None for grad, primal in zip(grads, ctx.saved_tensors))
+    return *given, None, None, None
+
+
+def _save_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:10])
+    ctx.scale = inputs[11]
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx, *cotangents):
+    grads, primals = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+
+    def forward(*primals):
+        return reference(*primals, ctx.scale)
+
+    return *second_order(forward, primals, grads, cotangents), None, None, None
+
+
+def _triton(r, w, k, v, u, a, b, state, scale, training, backend):
+    from ..kernels import wkv as kernels
+
+    tensors = [t if t is None else t.contiguous() for t in (r, w, k, v, u, a, b, state)]
+    results = _outputs(*tensors, scale, training, backend)
+    kernels.forward(*tensors, scale, *results)
+    return results
+
+
+def _triton_backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, scale, backend):
+    from ..kernels import wkv_backward as kernels
+
+    tensors = (grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints)
+    tensors = [t if t is None else t.contiguous() for t in tensors]
+    results = _gradients(*tensors, scale, backend)
+    kernels.backward(*tensors, scale, *results)
+    return results
+
+
+_backward_op = torch_op(
+    "wkv_backward(Tensor? grad_y, Tensor? grad_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor? u, Tensor? a, "
+    "Tensor? b, Tensor? state, Tensor checkpoints, float scale, int backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_gradients,
+    implementations={"triton": _triton_backward},
+    setup_context=_save_backward,
+    backward=_double_backward,
+)
+
+_op = torch_op(
+    "wkv(Tensor r, Tensor w, Tensor k, Tensor v, Tensor? u, Tensor? a, Tensor? b, Tensor? state, float scale, "
+    "bool training, int backend) -> (Tensor, Tensor, Tensor)",
+    fake=_outputs,
+    implementations={"triton": _triton},
+    setup_context=_save,
+    backward=_backward,
+)
+
+
+# ------------------------------------------------------------------------------------------------ public functions
+
+
+def _wkv6(
+    run,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-6's (and -5's) WKV: linear attention whose state decays per channel and step, with a bonus for the present.
+
+    Args:
+        r: [B, T, H, K], receptance; any T, any strides; fp32, bf16, fp16 (and fp64 on the CPU).
+        k, v: [B, T, H, K] and [B, T, H, V], in r's dtype.
+        w: [B, T, H, K], the log decay, ≤ 0 (`log_decay` converts from the forms in public code), or [H, K], the same
+            at every step (RWKV-5). In r's dtype or fp32.
+        u: [H, K], the bonus ("time_faaaa"), in r's dtype or fp32.
+        state: [B, H, K, V] after the steps before, in fp32 (fp64 for fp64); None is zeros.
+        scale: multiplies y.
+
+    Returns:
+        y [B, T, H, V] in r's dtype and the state after the last step [B, H, K, V]. All sums are fp32 (fp64).
+        Differentiable, twice too, in every tensor, through y and the state. A call equals any split of it in time.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or value other than the above, before anything is computed.
+
+    Source: Peng et al., 2404.05892, equations 18–19. The public kernels keep the state as [V, K].
+    """
+    r, k, v = autocast(r, k, v)
+    _check("wkv6", r, k, v, state, w, u)
+    B, T, H, K = r.shape
+    _check_shape(u, "u", r, (H, K))
+    constant = isinstance(w, Tensor) and w.dim() == 2
+    _check_shape(w, "w", r, (H, K) if constant else (B, T, H, K))
+    check_decay(w)
+    w = w.to(exact_of(r.dtype))
+    if constant:
+        w = w.expand(B, T, H, K)
+    return _run(run, r, w, k, v, u.to(w.dtype), None, None, state, scale)
+
+
+def _wkv7(
+    run,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7's WKV: linear attention whose state decays per channel and takes a rank-one correction at every step.
+
+    Args:
+        r, k: [B, T, H, K]; any T, any strides; fp32, bf16, fp16 (and fp64 on the CPU).
+        w: [B, T, H, K], the log decay, ≤ 0 (`log_decay` converts from the forms in public code), in r's dtype or fp32.
+        v: [B, T, H, V].
+        a, b: [B, T, H, K]: S takes b (aᵀ S); RWKV-7 passes −κ̂ and κ̂∘(learning rate).
+        state: [B, H, K, V] after the steps before, in fp32 (fp64 for fp64); None is zeros.
+        scale: multiplies y.
+
+    Returns:
+        y [B, T, H, V] in r's dtype and the state after the last step [B, H, K, V]. All sums are fp32 (fp64).
+        Differentiable, twice too, in every tensor, through y and the state. A call equals any split of it in time.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or value other than the above, before anything is computed.
+
+    Source: Peng et al., 2503.14456, equation 17. The public kernels keep the state as [V, K].
+    """
+    r, k, v, a, b = autocast(r, k, v, a, b)
+    _check("wkv7", r, k, v, state, w, a, b)
+    for value, name in ((w, "w"), (a, "a"), (b, "b")):
+        _check_shape(value, name, r, tuple(r.shape), only=None if name == "w" else r.dtype)
+    check_decay(w)
+    return _run(run, r, w.to(exact_of(r.dtype)), k, v, None, a, b, state, scale)
+
+
+def _run(run, *arguments) -> tuple[Tensor, Tensor]:
+    tensors = [t for t in arguments[:8] if t is not None]
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return run(*arguments[:8], float(arguments[8]), training)[:2]
+
+
+def _check(name: str, r: Tensor, k: Tensor, v: Tensor, state: Tensor | None, *others: Tensor) -> None:
+    refuse_forward_mode(name, (r, k, v, state, *others))
+    expect_tensor(r, "r", "[B, T, H, K]", _DTYPES)
+    B, T, H, K = r.shape
+    _check_shape(k, "k", r, (B, T, H, K), only=r.dtype)
+    expect_tensor(v, "v", "[B, T, H, V]")
+    _check_shape(v, "v", r, (B, T, H, v.size(3)), only=r.dtype)
+    if state is not None:
+        _check_shape(state, "state", r, (B, H, K, v.size(3)), only=exact_of(r.dtype))
+
+
+def _check_shape(value: Tensor, name: str, r: Tensor, shape: tuple, only: torch.dtype | None = None) -> None:
+    """That shape, on r's device, in the one dtype or in r's or that of sums."""
+    dtypes = (r.dtype, exact_of(r.dtype)) if only is None else (only,)
+    expect_type(isinstance(value, Tensor), name, f"a tensor {list(shape)}", value)
+    if value.shape != shape:
+        expect(False, name, f"{list(shape)} to match r", value)
+    if value.dtype not in dtypes:
+        expect_type(False, name, " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes)), value)
+    expect_device(value, name, r, "r")
+
+
+# ------------------------------------------------------------------------------------------------ declarations
+
+
+def _draws(B, T, H, K, V, w, state, scale, constant):
+    """The arguments that both functions have. w: (lowest, highest) log decay."""
+
+    def make(dtype, device):
+        exact = exact_of(dtype)
+        low, high = torch.tensor(w).neg().log().tolist()
+        decay = torch.empty(*((H, K) if constant else (B, T, H, K)), dtype=exact, device=device).uniform_(high, low)
+        inputs = {
+            name: torch.randn(B, T, H, width, dtype=dtype, device=device) for name, width in zip("rkv", (K, K, V))
+        }
+        inputs |= dict(r=inputs["r"] * K**-0.5, w=-decay.exp(), scale=scale)
+        if state:
+            inputs["state"] = torch.randn(B, H, K, V, dtype=exact, device=device)
+        return inputs
+
+    return make
+
+
+def _inputs6(B, T, H, K, V=None, *, w=(-5.0, -1e-2), state=False, scale=1.0, constant=False):
+    draws = _draws(B, T, H, K, V or K, w, state, scale, constant)
+
+    def make(dtype, device):
+        return draws(dtype, device) | dict(u=torch.randn(H, K, dtype=dtype, device=device))
+
+    return make
+
+
+def _inputs7(B, T, H, K, V=None, *, w=(-5.0, -1e-2), state=False, scale=1.0):
+    """a = −κ̂, b = κ̂∘η with a unit κ̂ and 0 < η < 1, as in the model: the state stays bounded."""
+    draws = _draws(B, T, H, K, V or K, w, state, scale, False)
+
+    def make(dtype, device):
+        inputs = draws(dtype, device)
+        unit = torch.nn.functional.normalize(torch.randn(B, T, H, K, device=device), dim=-1)
+        rate = torch.rand(B, T, H, K, device=device)
+        return inputs | dict(a=-unit.to(dtype), b=(unit * rate).to(dtype))
+
+    return make
+
+
+def _flops(inputs) -> float:
+    """Of the products with the state that no form avoids: reading it and adding to it, and RWKV-7's aᵀS and b sᵀ."""
+    return float((4 if "a" not in inputs else 8) * inputs["k"].numel() * inputs["v"].size(3))
+
+
+def _traffic(inputs) -> float:
+    names = ("r", "k", "v", "w", "a", "b")
+    read = sum(inputs[name].numel() * inputs[name].element_size() for name in names if name in inputs)
+    return float(read + inputs["v"].numel() * inputs["v"].element_size())
+
+
+def _workloads(inputs):
+    for train in (False, True):
+        for B, T, H, K in ((1, 1024, 12, 64), (4, 512, 12, 64), (1, 1, 12, 64)):
+            if T > 1 or not train:
+                yield Workload(
+                    f"B{B} T{T} H{H} K{K}",
+                    inputs(B, T, H, K, state=T == 1),
+                    flops=_flops,
+                    bytes=_traffic,
+                    train=train,
+                    quick=B == 1,
+                )
+
+
+_FEW = 4.0  # where a result is a handful of numbers, eager's error is a matter of luck
+_common = dict(kernel=_op, reference=reference, supports={"cpu": lambda *_: None, "triton": triton_declines})
+
+
+def _samples(inputs):
+    return [
+        Sample("plain", inputs(2, 7, 2, 5)),
+        Sample("state", inputs(2, 7, 2, 5, state=True)),
+        Sample("one", inputs(1, 1, 1, 1), _FEW),
+        Sample("one step, state", inputs(2, 1, 3, 16, state=True)),
+        Sample("odd sizes", inputs(1, 21, 2, 19, 23, state=True, scale=0.7)),
+        Sample("several chunks", inputs(1, 75, 2, 16, state=True)),
+        Sample("narrow value", inputs(1, 20, 1, 40, 3, state=True)),
+        Sample("wide value", inputs(1, 20, 1, 6, 70, state=True)),
+        Sample("heads of 64", inputs(1, 34, 2, 64, state=True)),
+        Sample("many sequences", inputs(9, 5, 3, 8)),
+        Sample("slow decay", inputs(1, 70, 1, 17, w=(-1e-5, -1e-6), state=True)),
+        Sample("fast decay", inputs(1, 40, 2, 17, w=(-20.0, -10.0), state=True)),
+        Sample("every decay", inputs(1, 40, 1, 33, w=(-20.0, -1e-6), state=True)),
+        Sample("no steps", inputs(2, 0, 2, 5, state=True)),
+        Sample("no sequences", inputs(0, 4, 2, 5, state=True)),
+    ]
+
+
+wkv6 = register(
+    _wkv6,
+    **_common,
+    samples=[*_samples(_inputs6), Sample("constant decay", _inputs6(2, 37, 2, 8, state=True, constant=True))],
+    workloads=_workloads(_inputs6),
+    differentiable=("r", "k", "v", "w", "u", "state"),
+)
+wkv7 = register(
+    _wkv7,
+    **_common,
+    samples=_samples(_inputs7),
+    workloads=_workloads(_inputs7),
+    differentiable=("r", "w", "k", "v", "a", "b", "state"),
+)

@@ -1,0 +1,311 @@
+"""RWKV-4's WKV: per channel, an exponentially decaying weighted mean of all values before, and the present one.
+
+    y_t = (Σ_{i<t} e^{(t−1−i)w + k_i} v_i + e^{u+k_t} v_t) / (Σ_{i<t} e^{(t−1−i)w + k_i} + e^{u+k_t})
+
+(Peng et al., 2305.13048, equation 16; w ≤ 0 is the log decay of a step.) In a form that cannot overflow, the state is
+(aa, bb, pp): numerator aa·e^pp, denominator bb·e^pp, pp the largest exponent so far:
+
+    q = max(pp, u + k);  y = (e^{pp−q}·aa + e^{u+k−q}·v) / (e^{pp−q}·bb + e^{u+k−q})
+    q = max(pp + w, k);  aa' = e^{pp+w−q}·aa + e^{k−q}·v;  bb' = e^{pp+w−q}·bb + e^{k−q};  pp' = q
+
+Backward, t descending, with ga, gb, r the gradients of aa', bb' and of what pp' holds beyond them:
+
+    s = gy·e^{u+k}/D,  z = gy·e^{pp}/D  (D the denominator of y);  f = e^{pp+w−q},  e = e^{k−q}
+    gv = s + e·ga;  gk = s(v − y) + e(ga·v + gb) [+ r if k is the maximum];  gu += s(v − y)
+    gw += f(ga·aa + gb·bb) [+ r if pp + w is];  ga, gb = z + f·ga, f·gb − z·y
+
+Segments compose: n steps take (aa, bb, pp) to the sum of (aa, bb, pp + n·w) and what they make of an empty state, so
+that a sequence may be cut into chunks that run side by side. Backward composes as well.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..checks import can_read, expect, expect_alike, expect_device, expect_tensor, expect_type
+from ..registry import (
+    FLOATS,
+    Sample,
+    Workload,
+    autocast,
+    refuse_forward_mode,
+    register,
+    second_order,
+    torch_op,
+    triton_declines,
+)
+
+CHUNK = 32  # steps from one saved state to the next
+EMPTY = -1e38  # pp of a state that has seen nothing, as in the public code
+_DTYPES = (torch.float64, *FLOATS)
+
+
+def exact_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reference(
+    w: Tensor,  # [C]
+    u: Tensor,  # [C]
+    k: Tensor,  # [B, T, C]
+    v: Tensor,  # [B, T, C]
+    state: Tensor | None,  # [B, 3, C]
+    training: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(y, state) by the stable recurrence above, a step at a time."""
+    exact, dtype = exact_of(k.dtype), k.dtype
+    w, u, k, v = (t.to(exact) for t in (w, u, k, v))
+    if state is None:
+        aa = bb = k.new_zeros(k.size(0), k.size(2))
+        pp = torch.full_like(aa, EMPTY)
+    else:
+        aa, bb, pp = state.unbind(1)
+        pp = torch.where(bb == 0, EMPTY, pp)  # nothing was seen, whatever pp says
+    outputs = []
+    for k_t, v_t in zip(k.unbind(1), v.unbind(1)):
+        q = torch.maximum(pp, u + k_t).detach()
+        past, present = (pp - q).exp(), (u + k_t - q).exp()
+        outputs.append((past * aa + present * v_t) / (past * bb + present))
+        q = torch.where(k_t > pp + w, k_t, pp + w)
+        past, present = (pp + w - q).exp(), (k_t - q).exp()
+        aa, bb, pp = past * aa + present * v_t, past * bb + present, q
+    y = torch.stack(outputs, 1).to(dtype) if outputs else k.to(dtype)
+    return y, torch.stack((aa, bb, pp), 1)
+
+
+# ------------------------------------------------------------------------------------------------ torch ops
+
+
+def _outputs(w, u, k, v, state, training, backend):
+    B, T, C = k.shape
+    chunks = -(-T // CHUNK) if training else 0
+    return (
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+        w.new_empty(B, 3, C),
+        w.new_empty(chunks, B, 3, C),
+    )
+
+
+def _gradients(grad_y, grad_state, w, u, k, v, state, checkpoints, backend):
+    return tuple(w.new_empty(0) if t is None else t.new_empty(t.shape) for t in (w, u, k, v, state))
+
+
+def _save(ctx, inputs, output):
+    *primals, ctx.training, ctx.backend = inputs
+    ctx.save_for_backward(*primals, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_y, grad_state, _):
+    if not ctx.training:
+        raise RuntimeError("pykernels::wkv4: a gradient was asked of a call with training=False")
+    *grads, grad_initial = _backward_op(grad_y, grad_state, *ctx.saved_tensors, ctx.backend)
+    return *grads, grad_initial if ctx.saved_tensors[4] is not None else None, None, None
+
+
+def _save_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7])
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx, *cotangents):
+    grads, primals = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+    return *second_order(reference, primals, grads, cotangents), None, None
+
+
+def _triton(w, u, k, v, state, training, backend):
+    from ..kernels import wkv4 as kernels
+
+    k, v = k.contiguous(), v.contiguous()
+    results = _outputs(w, u, k, v, state, training, backend)
+    kernels.forward(w.contiguous(), u.contiguous(), k, v, None if state is None else state.contiguous(), *results)
+    return results
+
+
+def _triton_backward(grad_y, grad_state, w, u, k, v, state, checkpoints, backend):
+    from ..kernels import wkv4 as kernels
+
+    tensors = [t if t is None else t.contiguous() for t in (grad_y, grad_state, w, u, k, v, state, checkpoints)]
+    results = _gradients(*tensors, backend)
+    kernels.backward(*tensors, *results[2:4], results[4] if state is not None else None, results[0], results[1])
+    return results
+
+
+_backward_op = torch_op(
+    "wkv4_backward(Tensor? grad_y, Tensor? grad_state, Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, "
+    "Tensor checkpoints, int backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_gradients,
+    implementations={"triton": _triton_backward},
+    setup_context=_save_backward,
+    backward=_double_backward,
+)
+
+_op = torch_op(
+    "wkv4(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, bool training, int backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_outputs,
+    implementations={"triton": _triton},
+    setup_context=_save,
+    backward=_backward,
+)
+
+
+# ------------------------------------------------------------------------------------------------ public function
+
+
+def _wkv4(run, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """RWKV-4's WKV: an exponentially decaying, exponentially weighted mean over time, per channel.
+
+    Args:
+        w: [C], the log decay of one step, ≤ 0 (`log_decay` converts from the forms in public code).
+        u: [C], added to the present token's key ("time_first").
+        k: [B, T, C], keys: logarithms of weights; any T, any strides; fp32, bf16, fp16 (and fp64 on the CPU).
+        v: [B, T, C], values, in k's dtype. w and u may be fp32 beside half-precision k and v.
+        state: [B, 3, C], (aa, bb, pp) after the steps before, in fp32 (fp64 for fp64); None has seen nothing. Where
+            bb is 0 nothing was seen either, whatever pp.
+
+    Returns:
+        y [B, T, C] in k's dtype and the state after the last step [B, 3, C]. All sums are fp32 (fp64). Differentiable,
+        twice too, in every argument, through y and through the state. A call equals any split of it in time.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or value other than the above, before anything is computed.
+
+    Source: Peng et al., 2305.13048, appendix D, in the notation of the public kernels.
+    """
+    k, v = autocast(k, v)
+    refuse_forward_mode("wkv4", (w, u, k, v, state))
+    expect_tensor(k, "k", "[B, T, C]", _DTYPES)
+    B, _, C = k.shape
+    expect_type(isinstance(v, Tensor), "v", "a tensor [B, T, C]", v)
+    if v.shape != k.shape:
+        expect(False, "v", f"{list(k.shape)} to match k", v)
+    expect_alike(v, "v", k, "k")
+    exact = exact_of(k.dtype)
+    for value, name in ((w, "w"), (u, "u")):
+        expect_tensor(value, name, "[C]", (exact, k.dtype))
+        if value.size(0) != C:
+            expect(False, name, f"[{C}] to match k", value)
+        expect_device(value, name, k, "k")
+    check_decay(w)
+    if state is not None:
+        expect_tensor(state, "state", "[B, 3, C]", (exact,))
+        if state.shape != (B, 3, C):  # naming B in a message would fix it under torch.compile
+            expect(False, "state", f"[{B}, 3, {C}] to match k", state)
+        expect_device(state, "state", k, "k")
+    w, u = w.to(exact), u.to(exact)
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (w, u, k, v, state))
+    return run(w, u, k, v, state, training)[:2]
+
+
+def log_decay(decay: Tensor, convention: str) -> Tensor:
+    """The log decay (≤ 0, what `wkv4`, `wkv6` and `wkv7` take as w) from what public code calls w or time_decay.
+
+    Args:
+        decay: any shape, any floating dtype.
+        convention: "log": it is the log decay; "exp": a step multiplies by e^{−e^decay} (time_decay of RWKV-4 to -6, the w
+            of RWKV-7's kernels); "sigmoid": by e^{−e^{−½}·σ(decay)}, which is e^{−0.60653·σ(decay)} (RWKV-7's paper).
+
+    Raises:
+        ValueError: another convention; a positive log decay.
+    """
+    if convention == "exp":
+        return -decay.exp()
+    if convention == "sigmoid":
+        return -(math.exp(-0.5) * decay.sigmoid())
+    expect(convention == "log", "convention", "'log', 'exp' or 'sigmoid'", convention)
+    check_decay(decay)
+    return decay
+
+
+def check_decay(w: Tensor) -> None:
+    if can_read(w) and w.numel():
+        largest = w.detach().max().item()
+        expect(not largest > 0, "w", "log decays ≤ 0 (log_decay converts other forms)", largest)
+
+
+# ------------------------------------------------------------------------------------------------ declaration
+
+
+def _inputs(B, T, C, *, w=(-5.0, -1e-2), state=False, size=1.0, order="btc"):
+    """make(dtype, device). w: (lowest, highest) log decay; size: of the keys."""
+
+    def make(dtype, device):
+        def draw(*shape):
+            return torch.randn(shape, dtype=dtype, device=device)
+
+        exact = exact_of(dtype)
+        k, v = size * draw(B, T, C), draw(B, T, C)
+        if order == "tbc":  # time first, seen through a transpose
+            k, v = (draw(T, B, C).transpose(0, 1) for _ in range(2))
+        low, high = w or (-5.0, -1e-2)
+        decay = -torch.exp(
+            torch.empty(C, dtype=exact, device=device).uniform_(*torch.tensor([-high, -low]).log().tolist())
+        )
+        inputs = dict(w=decay, u=draw(C), k=k, v=v)
+        if state:
+            aa, bb, pp = torch.randn(3, B, C, dtype=exact, device=device).unbind()
+            inputs["state"] = torch.stack((aa, bb.abs() + 0.5, pp), 1)
+        return inputs
+
+    return make
+
+
+def _traffic(inputs) -> float:
+    k = inputs["k"]
+    return float(3 * k.numel() * k.element_size())
+
+
+def _exponentials(inputs) -> float:
+    return 2.0 * inputs["k"].numel()  # of each pair that a step has one is e⁰
+
+
+def _workloads():
+    for train in (False, True):
+        for B, T, C in ((1, 1024, 768), (8, 256, 768), (1, 8192, 2048), (1, 1, 2048)):
+            yield Workload(
+                f"B{B} T{T} C{C}",
+                _inputs(B, T, C, state=T == 1),
+                bytes=_traffic,
+                exponentials=_exponentials,
+                train=train,
+                quick=T <= 1024,
+            )
+
+
+# An exponent of 100 rounds by as many units, and again at every step that it decays.
+_LARGE = 8.0
+_FEW = 4.0  # where a result is a handful of numbers, eager's error is a matter of luck
+
+wkv4 = register(
+    _wkv4,
+    kernel=_op,
+    reference=reference,
+    supports={"cpu": lambda *_: None, "triton": lambda w, u, k, *_: triton_declines(k)},
+    samples=[
+        Sample("plain", _inputs(2, 9, 5)),
+        Sample("state", _inputs(2, 9, 5, state=True)),
+        Sample("one", _inputs(1, 1, 1), _FEW),
+        Sample("one step, state", _inputs(3, 1, 20, state=True)),
+        Sample("odd sizes", _inputs(3, 37, 19, state=True)),
+        Sample("several chunks", _inputs(2, 100, 33, state=True)),
+        Sample("several chunks, few channels", _inputs(1, 299, 3, state=True)),
+        Sample("long, one channel", _inputs(1, 700, 1), _FEW),
+        Sample("many channels", _inputs(1, 40, 300)),
+        Sample("many sequences", _inputs(17, 35, 16, state=True)),
+        Sample("time first", _inputs(2, 12, 40, order="tbc")),
+        Sample("slow decay", _inputs(1, 70, 33, w=(-1e-5, -1e-6), state=True)),
+        Sample("fast decay", _inputs(2, 70, 33, w=(-20.0, -10.0), state=True)),
+        Sample("keys of ±60", _inputs(2, 70, 33, size=30.0, state=True), _LARGE),
+        Sample("keys of ±60, slow decay", _inputs(1, 200, 3, size=30.0, w=(-1e-5, -1e-6)), _LARGE),
+        Sample("no steps", _inputs(2, 0, 5, state=True)),
+        Sample("no sequences", _inputs(0, 4, 5, state=True)),
+    ],
+    workloads=_workloads(),
+    differentiable=("w", "u", "k", "v", "state"),
+)
