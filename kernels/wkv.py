@@ -10,11 +10,11 @@ A few steps are taken one after another. Many are cut into chunks of L = 16, and
 where Q, A, B, C: [L, K], P, M: [L, L] and c: [K] do not depend on S, so that all chunks find theirs side by side. Row i
 of Q is what y_i reads S through, pulled back from step i to the chunk's start: from scale·r_i, over steps j descending,
 
-    P_ij = q·k_j;  q ← d_j∘q + (q·b_j) a_j        (RWKV-6: P_ii = Σ q u k_i and no a, and only steps j < i pull back)
+    P_ij = q·k_j;  q ← d_j∘q + (q·b_j) a_j    (RWKV-6: P_ii = Σ q u k_i and no a, and only steps j < i pull back)
 
-and A and M come from a_i in the same way over j < i. B and C are b_j and k_j damped by all steps after j, c is the whole
-chunk's decay. This is the recurrence read backwards: products of decays only, never a quotient of them, and no system
-of equations to solve.
+and A and M come from a_i in the same way over j < i. B and C are b_j and k_j damped by all steps after j, c is the
+whole chunk's decay. This is the recurrence read backwards: products of decays only, never a quotient of them, and no
+system of equations to solve.
 
   kernel      a program owns                 reads                               writes
   _recurrent  BLOCK_V columns of a head's S  everything, a step at a time        y, the last state, checkpoints
@@ -289,7 +289,7 @@ BLOCK_V = 16  # rows of Sᵀ, the fewest that a matrix unit takes: the most prog
 MAX_CHUNKED = 128  # of K: beyond, RWKV-7's operands do not fit in the registers
 
 # {backend: {kernel: num_warps for K up to 64, 128}}, chosen by the static audit: those that spill nothing and issue the
-# fewest instructions a warp. Two warps share the state of a 64-wide head: alone, one would issue 1.8 times as many.
+# fewest instructions a warp. Two warps share the state of a 64-wide head: alone, one would issue 1.7 times as many.
 CONFIGS = {
     "cuda": {"scores": (4, 4), "chunks half": (2, 2), "chunks fp32": (2, 4)},
     "hip": {"scores": (2, 4), "chunks half": (1, 1), "chunks fp32": (1, 1)},

@@ -403,6 +403,7 @@ JOIN = 16  # chunks whose states a scan loads at once
 
 # {bytes of an element: (channels a lane, STEPS) of forward, of backward}. Backward holds the states of STEPS steps in
 # registers: with four channels a lane it spills, or takes fewer steps and moves twice as much through scratch memory.
+# With an r to hand on it takes half the steps: with all, it spills where ptxas is less lucky (sm_120, fp16).
 CONFIGS = {2: ((4, 8), (2, 8)), 4: ((2, 8), (2, 8))}
 
 
@@ -418,16 +419,15 @@ def _lanes():
     return 64 if triton.runtime.driver.active.get_current_target().backend == "hip" else 32
 
 
-def _options(k, backward):
+def _options(k, backward=False, R=False):
     """Of the kernels that go through time"""
     _, T, C = k.shape
     if INTERPRETED:  # any size is right there: small ones meet more edges on small inputs
-        block, unrolled = (32, 4) if backward else (32, 8)
+        block, unrolled = 32, 8
     else:
         per_lane, unrolled = CONFIGS[2 if k.dtype.itemsize == 2 else 4][backward]
         block = _lanes() * (per_lane if C % 16 == 0 else 1)  # where rows are not aligned, lanes stand side by side
-    if T == 1:
-        unrolled = 1
+    unrolled = 1 if T == 1 else unrolled // 2 if R else unrolled
     return {"FULL": T > 0 and T % unrolled == 0, "EVEN": C % block == 0, "BLOCK": block, "STEPS": unrolled,
             "CHUNK": CHUNK, "num_warps": 1}
 
@@ -446,7 +446,7 @@ def forward(w, u, k, v, state, y, final, checkpoints):
     B, T, C = k.shape
     if not B * C:
         return
-    options, scan_options, steps = _options(k, False), _scan_options(C), schedule(B, T, C)
+    options, scan_options, steps = _options(k), _scan_options(C), schedule(B, T, C)
     chunks = max(1, triton.cdiv(T, steps))
     if chunks > 1:
         starts = w.new_empty((chunks, B, 3, C))
@@ -463,7 +463,7 @@ def backward(grad_y, grad_state, w, u, k, v, state, checkpoints, grad_k, grad_v,
     B, T, C = k.shape
     if not C:
         return
-    options, scan_options, steps = _options(k, True), _scan_options(C), schedule(B, T, C)
+    options, scan_options, steps = _options(k, True, grad_state is not None), _scan_options(C), schedule(B, T, C)
     chunks = max(1, triton.cdiv(T, steps))
     sums = w.new_empty((chunks * B, 2, C))
     if B:

@@ -26,7 +26,7 @@ M = (1 − A_ab)⁻¹, with A_xz[i,j] = x_i·(W_ij∘z_j), grows from block to b
 (RWKV-6: Y_k = Z_k, Y_r = X_r, no s and c; the diagonal of A_r holds what stays within a step.)
 
   kernel     a program owns                       reads                            writes
-  _prepare   a chunk of a head                    r, w, k, a, b                    Y, X_a, M X_a, W_ES, the [L, L] matrices
+  _prepare   a chunk of a head                    r, w, k, a, b                    Y, X_a, M X_a, W_ES, [L, L] matrices
   _chain     BLOCK_V columns of a head's D        Y_r, X_a, Y_b, W_ES, gy          D of every chunk, the first state's
   _values    a chunk's BLOCK_V columns            Y, the matrices, S0, D, v, gy    gv, s, c
   _keys      a chunk's BLOCK_K channels           all inputs, S0, D, s, c          gr, gw, gk, ga, gb, gu by chunk
@@ -104,7 +104,7 @@ def _pairs(x, z, level, PRECISION: tl.constexpr):
 
 @triton.jit
 def _place(place, chunks, T, H):
-    """Program -> (chunk, head of all heads, its first row in [B·T·H, ·], valid rows); chunks of a head are neighbours"""
+    """Program -> (chunk, head of all heads, first row in [B·T·H, ·], valid rows); chunks of a head are neighbours"""
     chunk, head = place % chunks, place // chunks
     row = (head // H * T + chunk * L) * H + head % H
     return chunk, head, row, T - chunk * L
@@ -165,7 +165,7 @@ def _prepare(
     """y_a: M X_a; s_v, c_g, v_g: the matrices by which v enters s, and (transposed) g enters c and gv."""
     ACC: tl.constexpr = w_ptr.dtype.element_ty
     place = tl.program_id(0).to(tl.int64)
-    chunk, head, row, count = _place(place, chunks, T, H)
+    _, head, row, count = _place(place, chunks, T, H)
     i = tl.arange(0, L)
     a_rk = tl.zeros((L, L), ACC)
     a_rb, a_ak, a_ab = a_rk, a_rk, a_rk
@@ -461,8 +461,8 @@ def _config(op, kernel, K, V, precision):
         return _padded(K) if kernel == "chain" else 16, 16, {}
     block_k, block_v, warps, stages = CONFIGS[op if precision != "tf32x3" else f"{op} fp32"][kernel]
     block_k = _padded(K) if kernel == "chain" else min(block_k, _padded(K))
-    if kernel == "chain" and block_k > 64:  # shared memory holds no second tile of so many rows
-        block_v, warps, stages = 16, 8, 1
+    if kernel == "chain" and block_k > 64:  # three stages of such tiles are too much for shared memory
+        block_v, warps, stages = 16, 8, 2 if block_k == 128 else 1
     options = {"num_warps": warps, "num_stages": stages}
     if _is_hip():  # tiles of 32 rows: instructions of 32 rows would leave most waves the same work
         stages = 2 if precision == "bf16" else 1  # gfx950 would copy fp32 tiles four bytes a lane
@@ -492,7 +492,7 @@ def backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, scale,
     def scratch(like, *shape, when=True):
         return like.new_empty(places, *shape) if when else None
 
-    operand = r if rounded else w  # what only dots read
+    operand = r if rounded else w  # of what dots read
     total, v_g, p = scratch(w, K), scratch(w, steps, steps), scratch(operand, 4 if seven else 1, steps, steps)
     y_r, y_k, ends = scratch(operand, K, steps), scratch(operand, steps, K), scratch(operand, K, V)
     x_a, y_a, y_b = (scratch(operand, K * steps, when=seven) for _ in range(3))
@@ -509,7 +509,7 @@ def backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, scale,
         block_k, block_v, options = _config(op, "chain", K, V, precision)
         _chain[(heads * triton.cdiv(V, block_v),)](
             grad_y, grad_state, total, y_r, x_a, y_b, ends, None if state is None else grad_state0, T, H, chunks, scale,
-            K, V, K == block_k, V % block_v == 0, precision, block_k, block_v, **options)
+            K, V, block_k == K, V % block_v == 0, precision, block_k, block_v, **options)
     if places:
         block_k, block_v, options = _config(op, "values", K, V, precision)
         _values[(places,)](
@@ -527,9 +527,16 @@ def backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, scale,
 # What `python -m pykernels audit` may find here, and why it is shipped all the same.
 _FP32 = "exact fp32 takes three products of halves that both need registers, and RWKV-7 has twice the tiles; bf16 fits"
 AUDIT_EXCEPTIONS = [
-    dict(kernel=kernel, check="spill", where={"PRECISION": "tf32x3"}, reason=_FP32)
-    for kernel in ("_prepare", "_values", "_keys")
-] + [
+    *(dict(kernel=kernel, check="spill", where={"PRECISION": "tf32x3"}, reason=_FP32)
+      for kernel in ("_prepare", "_values", "_keys")),
+    *(dict(kernel=kernel, check="spill", where={"EVEN_K": False},
+           reason="masks along K cost RWKV-7 the registers that a power of two leaves free")
+      for kernel in ("_prepare", "_keys")),
+    dict(kernel="_values", check="spill", where={"EVEN_V": False},
+         reason="masks along V, and more than one block of it, cost RWKV-7 registers; a multiple of 64 spills nothing"),
     dict(kernel="_keys", check="spill", where={"PRECISION": "tf32"},
-         reason="a few of RWKV-7's values are put aside before the loops; fp16's dots take twice the registers of bf16's"),
+         reason="tf32 operands take twice bf16's registers: some of RWKV-7's values are put aside before the loops"),
+    *(dict(kernel=kernel, check="async copy", where={"EVEN_V": False},
+           reason="rows of an odd width are not aligned to what an asynchronous copy takes")
+      for kernel in ("_chain", "_values")),
 ]

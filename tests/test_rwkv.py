@@ -713,7 +713,7 @@ def test_wkv4_state_of_zeros_has_seen_nothing(dtype, pp):
 @pytest.mark.parametrize("threads", [2, 7])
 @pytest.mark.parametrize("T", [129, 1000])
 def test_wkv4_segments_of_time_side_by_side_give_what_one_pass_gives(T, threads):
-    """Few channels and many threads: the sequence is cut. All gradients, the final exponent's too, to fp64's accuracy."""
+    """Few channels and many threads: the sequence is cut. Gradients too, the final exponent's among them."""
     inputs = arguments("wkv4", 1, T, low=-0.1, high=-1e-6)
     inputs["k"] *= 5
     wanted = leaves(inputs)

@@ -349,7 +349,7 @@ def _samples(inputs):
         Sample("narrow value", inputs(1, 20, 1, 40, 3, state=True)),
         Sample("wide value", inputs(1, 20, 1, 6, 70, state=True)),
         Sample("heads of 64", inputs(1, 34, 2, 64, state=True)),
-        Sample("many sequences", inputs(9, 5, 3, 8)),
+        Sample("many sequences", inputs(5, 5, 3, 8)),
         Sample("slow decay", inputs(1, 70, 1, 17, w=(-1e-5, -1e-6), state=True)),
         Sample("fast decay", inputs(1, 40, 2, 17, w=(-20.0, -10.0), state=True)),
         Sample("every decay", inputs(1, 40, 1, 33, w=(-20.0, -1e-6), state=True)),
