@@ -290,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv_b
   const std::vector<int64_t> none{0}, wide{B, T, H, K};
   Tensor grad_r = empty(wide, dtype), grad_w = empty(wide, exact), grad_k = empty(wide, dtype);
   Tensor grad_v = empty({B, T, H, V}, dtype), grad_u = empty(u ? std::vector{H, K} : none, exact);
-  Tensor grad_a = empty(a ? wide : none, dtype), grad_b = empty(b ? wide : none, dtype);
+  Tensor grad_a = empty(a ? wide : none, a ? dtype : exact), grad_b = empty(b ? wide : none, b ? dtype : exact);
   Tensor grad_initial = empty(state ? std::vector{B, H, K, V} : none, exact);
   for_dtype(dtype, [&]<class Storage>(Storage) {
     using Acc = AccOf<Storage>;
