@@ -52,7 +52,6 @@ class Workload(Sample):
 
     flops: Callable[[Inputs], float] = lambda inputs: 0.0
     bytes: Callable[[Inputs], float] = lambda inputs: 0.0  # least traffic: every input read once, every output written
-    exponentials: Callable[[Inputs], float] = lambda inputs: 0.0  # where they are what an op mostly computes
     train: bool = False  # time forward and backward together
     train_flops: float = 3.5  # ... which cost this many times the forward's FLOPs
     quick: bool = False  # part of `bench --quick`

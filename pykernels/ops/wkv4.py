@@ -261,10 +261,6 @@ def _traffic(inputs) -> float:
     return float(3 * k.numel() * k.element_size())
 
 
-def _exponentials(inputs) -> float:
-    return 2.0 * inputs["k"].numel()  # of each pair that a step has one is e⁰
-
-
 def _workloads():
     for train in (False, True):
         for B, T, C in ((1, 1024, 768), (8, 256, 768), (1, 8192, 2048), (1, 1, 2048)):
@@ -272,7 +268,6 @@ def _workloads():
                 f"B{B} T{T} C{C}",
                 _inputs(B, T, C, state=T == 1),
                 bytes=_traffic,
-                exponentials=_exponentials,
                 train=train,
                 quick=T <= 1024,
             )
