@@ -246,8 +246,9 @@ struct Wkv4Backward : Wkv4<Storage> {
   Acc *grad_w, *grad_u;       // [C]
 
   // Between tiles, of a vector of channels: the gradients of the state (rest: of pp beyond aa and bb's shares), the
-  // sums of the decay's and the bonus's, and of a segment whether the state won every step, and its last exponent.
-  enum { GA, GB, REST, GW, GU, KEPT, LAST, CARRIED };
+  // sums of the decay's and the bonus's, and of a segment whether the state won every step, and its weight at the end:
+  // the product of the steps', not e^(pp + n w - pp'), which rounds otherwise than they did.
+  enum { GA, GB, REST, GW, GU, KEPT, WEIGHT, CARRIED };
 
   struct Step {
     Vec<Acc> aa, bb, past, present, from_past, from_present, y;
@@ -270,7 +271,7 @@ struct Wkv4Backward : Wkv4<Storage> {
         const Acc* in = incoming_of(segment, b) + c;
         for (int i : {GA, GB, REST}) store(own + i * W, load_some<Acc>(in + i * C, C - c));
         for (int i : {GW, GU}) store(own + i * W, Vec<Acc>{});
-        store(own + KEPT * W, broadcast(Acc(1)));
+        for (int i : {KEPT, WEIGHT}) store(own + i * W, broadcast(Acc(1)));
       }
       pass<true>(b, first, last, segment, carried);
       for (int64_t c = first; c < last; c += W) {
@@ -302,7 +303,7 @@ struct Wkv4Backward : Wkv4<Storage> {
       Buffer<Acc> carried(CARRIED * cut.width);
       for (int64_t c = first; c < last; c += W) {
         Acc* own = &carried[(c - first) * CARRIED];
-        for (int i = 0; i < CARRIED; ++i) store(own + i * W, i == KEPT ? broadcast(Acc(1)) : Vec<Acc>{});
+        for (int i = 0; i < CARRIED; ++i) store(own + i * W, broadcast(Acc(i == KEPT || i == WEIGHT)));
       }
       pass<false>(b, first, last, segment, carried);
       std::copy_n(carried.get(), round_up(last - first, W) * CARRIED, local_of(segment, b, first));
@@ -313,12 +314,7 @@ struct Wkv4Backward : Wkv4<Storage> {
         for (int64_t segment = cut.segments - 1; segment > 0; --segment) {
           const Acc *own = local_of(segment, b, c), *in = incoming_of(segment, b) + c;
           Acc* out = incoming_of(segment - 1, b) + c;
-          const int64_t begin = segment * cut.steps, steps = std::min(T, begin + cut.steps) - begin;
-          const Vec<Acc> start = load_some<Acc>(checkpoints + (begin / CHUNK * B + b) * 3 * C + 2 * C + c, count);
-          const Vec<Acc> end = load<Vec<Acc>>(own + LAST * W), kept = load<Vec<Acc>>(own + KEPT * W);
-          // What the state before still weighs in the state after.
-          Vec<Acc> weight = start + load_some<Acc>(w + c, count) * Acc(steps) - end;
-          weight = exp2<Acc>((weight > Acc(0) ? Vec<Acc>{} : weight) * Acc(1.4426950408889634074));
+          const Vec<Acc> kept = load<Vec<Acc>>(own + KEPT * W), weight = load<Vec<Acc>>(own + WEIGHT * W);
           for (int i : {GA, GB})
             store_some<Acc>(out + i * C, load<Vec<Acc>>(own + i * W) + weight * load_some<Acc>(in + i * C, count), count);
           const Vec<Acc> through = load_some<Acc>(in + REST * C, count);
@@ -332,7 +328,6 @@ struct Wkv4Backward : Wkv4<Storage> {
   template <bool WRITE>
   void pass(int64_t b, int64_t first, int64_t last, int64_t segment, const Buffer<Acc>& carried) {
     Step steps[CHUNK];
-    bool latest = true;
     this->for_tiles(segment, true, [&](int64_t begin, int64_t end) {
       for (int64_t c = first; c < last; c += W) {
         const int64_t count = C - c;
@@ -356,12 +351,12 @@ struct Wkv4Backward : Wkv4<Storage> {
           step.present = next.present;
           step.wins = next.wins;
         }
-        Vec<Acc> ga = carry(GA), gb = carry(GB), rest = carry(REST), gw = carry(GW), gu = carry(GU), kept = carry(KEPT);
+        Vec<Acc> ga = carry(GA), gb = carry(GB), rest = carry(REST), gw = carry(GW), gu = carry(GU), kept = carry(KEPT),
+                 weight = carry(WEIGHT);
         if (end == T && grad_final) {
           const auto given = State<Acc>::read(grad_final + b * 3 * C + c, C, count);
           rest = given.pp - (given.aa * s.aa + given.bb * s.bb);
         }
-        if (latest) store(own + LAST * W, s.pp);
         for (int64_t t = end - 1; t >= begin; --t) {
           const Step& step = steps[t - begin];
           const Vec<Acc> gy = grad_y ? load_some<Acc>(grad_y + at(t), count) : Vec<Acc>{};
@@ -377,13 +372,13 @@ struct Wkv4Backward : Wkv4<Storage> {
           }
           rest = select<Acc>(step.wins, Vec<Acc>{}, rest);
           kept = select<Acc>(step.wins, Vec<Acc>{}, kept);
+          weight *= step.past;
           ga = z + step.past * ga;
           gb = step.past * gb - z * step.y;
         }
-        const Vec<Acc> out[] = {ga, gb, rest, gw, gu, kept};
-        for (int i = GA; i <= KEPT; ++i) store(own + i * W, out[i]);
+        const Vec<Acc> out[] = {ga, gb, rest, gw, gu, kept, weight};
+        for (int i = GA; i < CARRIED; ++i) store(own + i * W, out[i]);
       }
-      latest = false;
     });
   }
 

@@ -274,7 +274,7 @@ def _workloads():
 
 
 # An exponent of 100 rounds by as many units, and again at every step that it decays.
-_LARGE = 8.0
+_LARGE = 4.0
 _FEW = 4.0  # where a result is a handful of numbers, eager's error is a matter of luck
 
 wkv4 = register(
