@@ -283,8 +283,8 @@ wkv4 = register(
     reference=reference,
     supports={"cpu": lambda *_: None, "triton": lambda w, u, k, *_: triton_declines(k)},
     samples=[
-        Sample("plain", _inputs(2, 9, 5)),
-        Sample("state", _inputs(2, 9, 5, state=True)),
+        Sample("plain", _inputs(2, 9, 5), _FEW),
+        Sample("state", _inputs(2, 9, 5, state=True), _FEW),
         Sample("one", _inputs(1, 1, 1), _FEW),
         Sample("one step, state", _inputs(3, 1, 20, state=True)),
         Sample("odd sizes", _inputs(3, 37, 19, state=True)),
