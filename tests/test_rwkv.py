@@ -70,7 +70,7 @@ def agree(got, want, **tolerance):
 
 
 def naive(w, u, k, v, num=0.0, den=0.0):
-    """Equation 16 as it stands, after sums `num` and `den` over what came before: (y, num, den)."""
+    """The paper's sums as they stand, after sums `num` and `den` over what came before: (y, num, den)."""
     T = k.size(1)
     outputs = []
     for t in range(T + 1):
@@ -614,7 +614,7 @@ def test_no_step_returns_the_state(name):
 
 @pytest.mark.parametrize("T", [1, 5, 70])
 def test_wkv4_is_the_papers_sum(T):
-    """The public function against equation 16 as it stands, state and all gradients included."""
+    """The public function against the paper's sums as they stand, state and all gradients included."""
     inputs = arguments("wkv4", T=T)
     wanted = leaves(inputs)
     w, u, k, v, state = inputs.values()

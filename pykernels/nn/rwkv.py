@@ -76,7 +76,7 @@ class RWKV4TimeMix(_Mix):
 
     Raises ValueError, TypeError: a size, shape, dtype or device other than these.
 
-    Source: Peng et al., 2305.13048, equations 11–13, 16 and 17, and appendix E; BlinkDL/RWKV-LM, RWKV-v4.
+    Source: Peng et al., 2305.13048; BlinkDL/RWKV-LM, RWKV-v4.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class RWKV4ChannelMix(_Mix):
 
     Raises ValueError, TypeError: a size, shape, dtype or device other than these.
 
-    Source: Peng et al., 2305.13048, equations 14, 15 and 18, and appendix E; BlinkDL/RWKV-LM, RWKV-v4.
+    Source: Peng et al., 2305.13048; BlinkDL/RWKV-LM, RWKV-v4.
     """
 
     def __init__(

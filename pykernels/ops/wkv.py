@@ -184,7 +184,7 @@ def _wkv6(
     Raises:
         ValueError, TypeError: a shape, dtype, device or value other than the above, before anything is computed.
 
-    Source: Peng et al., 2404.05892, equations 18–19. The public kernels keep the state as [V, K].
+    Source: Peng et al., 2404.05892. The public kernels keep the state as [V, K].
     """
     r, k, v = autocast(r, k, v)
     _check("wkv6", r, k, v, state, w, u)
@@ -228,7 +228,7 @@ def _wkv7(
     Raises:
         ValueError, TypeError: a shape, dtype, device or value other than the above, before anything is computed.
 
-    Source: Peng et al., 2503.14456, equation 17. The public kernels keep the state as [V, K].
+    Source: Peng et al., 2503.14456. The public kernels keep the state as [V, K].
     """
     r, k, v, a, b = autocast(r, k, v, a, b)
     _check("wkv7", r, k, v, state, w, a, b)

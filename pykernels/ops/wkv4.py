@@ -2,7 +2,7 @@
 
     y_t = (Σ_{i<t} e^{(t−1−i)w + k_i} v_i + e^{u+k_t} v_t) / (Σ_{i<t} e^{(t−1−i)w + k_i} + e^{u+k_t})
 
-(Peng et al., 2305.13048, equation 16; w ≤ 0 is the log decay of a step.) In a form that cannot overflow, the state is
+(Peng et al., 2305.13048; w ≤ 0 is the log decay of a step.) In a form that cannot overflow, the state is
 (aa, bb, pp): numerator aa·e^pp, denominator bb·e^pp, pp the largest exponent so far:
 
     q = max(pp, u + k);  y = (e^{pp−q}·aa + e^{u+k−q}·v) / (e^{pp−q}·bb + e^{u+k−q})
@@ -176,7 +176,7 @@ def _wkv4(run, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None 
     Raises:
         ValueError, TypeError: a shape, dtype, device or value other than the above, before anything is computed.
 
-    Source: Peng et al., 2305.13048, appendix D, in the notation of the public kernels.
+    Source: Peng et al., 2305.13048, in the notation of the public kernels.
     """
     k, v = autocast(k, v)
     refuse_forward_mode("wkv4", (w, u, k, v, state))
