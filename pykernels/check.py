@@ -115,7 +115,7 @@ def evaluate(function: Callable, inputs: Inputs, differentiable: tuple[str, ...]
     if leaves:
         gradients = differentiate([out for out in values.values() if is_float(out)], list(leaves.values()))
         values |= {f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-    return {name: value.detach() for name, value in values.items()}
+    return {name: (value.to_dense() if value.is_sparse else value).detach() for name, value in values.items()}
 
 
 @contextlib.contextmanager

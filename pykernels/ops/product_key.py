@@ -1,0 +1,278 @@
+"""Product keys: a search over n² keys that costs two over n, and the memory lookup made of it.
+
+    s1 = K1 q1, s2 = K2 q2, q = (q1, q2);  the k best of each, descending (a, b their ranks);
+    candidates s1[a] + s2[b] with id i_a·n + j_b;  the k best of these;  w = softmax;  y = Σ over heads and k of w V[id]
+
+(Lample et al., 1907.05242.) As both lists descend, only pairs of ranks with (a+1)(b+1) ≤ k can win: as many others are
+no worse. The order is defined by these two stages: of equal sums the lower a is first, then the lower b.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import expect, expect_alike, expect_tensor, expect_type
+from ..registry import FLOATS, Sample, Workload, autocast, refuse_forward_mode, register, torch_op
+from . import topk
+from .topk import apart, check_k, grid, triton_search_declines
+from .weighted_gather import gather, gather_backward_op, gather_op
+from .wkv4 import exact_of
+
+_DTYPES = (torch.float64, *FLOATS)
+
+
+def search(
+    query: Tensor,  # [N, H, d]
+    sub_keys: Tensor,  # [H, 2, n, d/2]
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """(scores, exact, and ids [N, H, k]) by two searches and a stable sort of the candidate pairs."""
+    N, H, d = query.shape
+    n = sub_keys.size(2)
+    scores, places = topk.search(query.reshape(N, 2 * H, d // 2), sub_keys.flatten(0, 1), k, 1.0)
+    scores, places = scores.view(N, H, 2, k), places.view(N, H, 2, k)
+    pairs = [(a, b) for a in range(k) for b in range(k // (a + 1))]
+    first, second = torch.tensor(pairs, device=query.device).unbind(1)
+    sums = scores[:, :, 0, first] + scores[:, :, 1, second]
+    sums, winners = sums.sort(dim=-1, descending=True, stable=True)
+    winners = winners[..., :k]
+    i, j = (places[:, :, half].gather(-1, ranks[winners]) for half, ranks in enumerate((first, second)))
+    return sums[..., :k], i * n + j
+
+
+def lookup(search, gather):
+    """The memory made of a search and a gather: (output [N, 1, dv], weights [N, H, k], ids [N, H, k])."""
+
+    def look(query, sub_keys, values, k, *backend):
+        scores, ids = search(query, sub_keys, k, *backend)
+        weights = scores.softmax(-1)
+        return gather(values, ids.flatten(1)[:, None], weights.flatten(1)[:, None], *backend), weights, ids
+
+    return look
+
+
+# ------------------------------------------------------------------------------------------------ torch op
+
+
+def _outputs(query, sub_keys, k, backend):
+    shape = (query.size(0), query.size(1), k)
+    return query.new_empty(shape, dtype=exact_of(query.dtype)), query.new_empty(shape, dtype=torch.int64)
+
+
+def _save(ctx, inputs, output):
+    query, sub_keys, _, ctx.backend = inputs
+    ctx.save_for_backward(query, sub_keys, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_scores, _):
+    """A sum's gradient goes to both of its halves: the gradients of two searches over n, side by side."""
+    query, sub_keys, ids = ctx.saved_tensors
+    N, H, k = ids.shape
+    n = sub_keys.size(2)
+    keys = sub_keys.flatten(0, 1)  # [2H, n, d/2]
+    halves = query.reshape(N, 2 * H, keys.size(2))
+    places = torch.stack((ids // n, ids % n), 2).view(N, 2 * H, k)
+    weights = grad_scores[:, :, None].expand(N, H, 2, k).reshape(N, 2 * H, k)
+    grad_query = grad_keys = None
+    if ctx.needs_input_grad[0]:
+        grad_query = gather_op(keys, places, weights, ctx.backend).view(query.shape)
+    if ctx.needs_input_grad[1]:
+        grad_keys = gather_backward_op(halves, keys, places, weights, True, False, ctx.backend)[0].view(sub_keys.shape)
+    return grad_query, grad_keys, None, None
+
+
+def _triton(query, sub_keys, k, backend):
+    from ..kernels import product_key as kernels
+
+    results = _outputs(query, sub_keys, k, backend)
+    kernels.search(query.contiguous(), sub_keys.contiguous(), *results)
+    return results
+
+
+search_op = torch_op(
+    "product_key_search(Tensor query, Tensor sub_keys, int k, int backend) -> (Tensor, Tensor)",
+    fake=_outputs,
+    implementations={"triton": _triton},
+    setup_context=_save,
+    backward=_backward,
+)
+
+
+# ------------------------------------------------------------------------------------------------ public functions
+
+
+def _product_key_search(run, query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Search of n² product keys per head: the k best sums of a score in each of two sets of n keys.
+
+    Args:
+        query: [..., H, d], d even, any strides; fp32, bf16, fp16 (and fp64 on the CPU).
+        sub_keys: [H, 2, n, d/2] in query's dtype: for each head the keys of the query's first and second half. Key
+            i·n + j of the product is (sub_keys[h, 0, i], sub_keys[h, 1, j]).
+        k: from 1 to n. (Triton's kernel: to 2048; above, the reference serves GPUs.)
+
+    Returns:
+        scores [..., H, k] in query's dtype, descending in fp32 (fp64), and indices [..., H, k] int64 into the n² keys.
+        Candidates are the k best of each half, descending, equal ones by the lower index; of equal sums the one of the
+        lower first rank comes first, then of the lower second. Differentiable, twice too, in query and sub_keys.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or k other than the above, before anything is computed.
+
+    Source: Lample et al., Large Memory Layers with Product Keys, 1907.05242, section 3.2.
+    """
+    query, sub_keys = autocast(query, sub_keys)
+    refuse_forward_mode("product_key_search", (query, sub_keys))
+    flat = _check_search(query, sub_keys, k)
+    scores, ids = run(flat, sub_keys, k)
+    shape = (*query.shape[:-1], k)
+    return scores.to(query.dtype).reshape(shape), ids.reshape(shape)
+
+
+def _product_key_memory(
+    run, query: Tensor, sub_keys: Tensor, values: Tensor, k: int, *, return_weights: bool = False
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Product-key memory: per head the softmax over its k best of n² keys; their values, weighted, summed over heads.
+
+    Args:
+        query: [..., H, d], d even, any strides; fp32, bf16, fp16 (and fp64 on the CPU).
+        sub_keys: [H, 2, n, d/2] in query's dtype, as in product_key_search.
+        values: [n², dv] in query's dtype, for all heads.
+        k: from 1 to n. (Triton's kernel: to 2048; above, the reference serves GPUs.)
+        return_weights: return the weights and indices as well.
+
+    Returns:
+        output [..., dv] in query's dtype, or (output, weights [..., H, k] in query's dtype, indices [..., H, k] int64).
+        Softmax and sum are fp32 (fp64). Differentiable, twice too, in query, sub_keys and values; rows that were not
+        selected have a gradient of zero.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or k other than the above, before anything is computed.
+
+    Source: Lample et al., 1907.05242, section 3; Berges et al., Memory Layers at Scale, 2412.09764, section 2.
+    """
+    query, sub_keys, values = autocast(query, sub_keys, values)
+    refuse_forward_mode("product_key_memory", (query, sub_keys, values))
+    flat = _check_search(query, sub_keys, k)
+    check_values(values, sub_keys)
+    output, weights, ids = run(flat, sub_keys, values[None], k)
+    output = output.reshape(*query.shape[:-2], values.size(1))
+    if not return_weights:
+        return output
+    shape = (*query.shape[:-1], k)
+    return output, weights.to(query.dtype).reshape(shape), ids.reshape(shape)
+
+
+def check_values(values: Tensor, sub_keys: Tensor) -> None:
+    expect_tensor(values, "values", "[n², dv]")
+    n = sub_keys.size(2)
+    if values.size(0) != n * n:
+        expect(False, "values", f"[{n * n}, dv], a row for each pair of sub_keys", values)
+    expect_alike(values, "values", sub_keys, "sub_keys")
+
+
+def _check_search(query: Tensor, sub_keys: Tensor, k: int) -> Tensor:
+    """The query as [N, H, d]."""
+    expect_type(isinstance(query, Tensor) and query.dtype in _DTYPES, "query", "floating numbers [..., H, d]", query)
+    expect(query.dim() >= 2, "query", "rank 2 or more [..., H, d]", query)
+    H, d = query.shape[-2:]
+    expect(d >= 2 and d % 2 == 0, "query", "an even d in [..., H, d]", query)
+    expect_tensor(sub_keys, "sub_keys", "[H, 2, n, d/2]")
+    if (sub_keys.size(0), sub_keys.size(1), 2 * sub_keys.size(3)) != (H, 2, d):
+        expect(False, "sub_keys", f"[{H}, 2, n, {d // 2}] to match query", sub_keys)
+    expect_alike(sub_keys, "sub_keys", query, "query")
+    check_k(k, sub_keys.size(2), "the number of sub-keys")
+    return query.flatten(0, -3) if query.dim() > 2 else query[None]
+
+
+# ------------------------------------------------------------------------------------------------ declaration
+
+
+def _inputs(n, d, shape, k, *, heads=1, dv=None, draw="normal"):
+    """make(dtype, device). shape: of the queries, without heads and d. draw: "grid" ties, "normal" nowhere nearly."""
+
+    def make(dtype, device):
+        options = dict(dtype=dtype, device=device)
+        if draw == "grid":
+            query, keys = grid(*shape, heads, d, **options), grid(heads, 2, n, d // 2, **options)
+        else:
+            keys = torch.randn(heads, 2, n, d // 2, **options)
+            exact = keys.double()
+            query = apart(
+                lambda count: torch.randn(count, heads, d, **options),
+                lambda query: search(query.double(), exact, min(k + 1, n))[0],
+                shape.numel(),
+            ).view(*shape, heads, d)
+        inputs = dict(query=query, sub_keys=keys)
+        if dv is not None:
+            inputs["values"] = torch.randn(n * n, dv, **options)
+        return inputs | dict(k=k)
+
+    shape = torch.Size(shape)
+    return make
+
+
+def _flops(inputs) -> float:
+    return 2.0 * inputs["query"].numel() * inputs["sub_keys"].size(2)
+
+
+def _traffic(inputs) -> float:
+    query, sub_keys, k = inputs["query"], inputs["sub_keys"], inputs["k"]
+    H, d = query.shape[-2:]
+    n, size = query.numel() // d, query.element_size()
+    if "values" in inputs:
+        results = (n * k + n // H) * inputs["values"].size(1) * size
+    else:
+        results = n * k * (size + 8)
+    return float((query.numel() + sub_keys.numel()) * size + results)
+
+
+def _workloads(dv=None):
+    for N, H, n, d, k in ((1, 4, 512, 256, 32), (1024, 4, 512, 256, 32)):
+        for train in (False,) if dv is None else (False, True):
+            yield Workload(
+                f"N{N} H{H} n{n} d{d} k{k}" + ("" if dv is None else f" dv{dv}"),
+                _inputs(n, d, (N,), k, heads=H, dv=dv, draw="normal"),
+                flops=_flops,
+                bytes=_traffic,
+                train=train,
+                train_flops=1.0,  # backward touches the k selected rows alone
+                quick=True,
+            )
+
+
+product_key_search = register(
+    _product_key_search,
+    kernel=search_op,
+    reference=search,
+    supports={"cpu": lambda *_: None, "triton": lambda query, sub_keys, k: triton_search_declines(query, k)},
+    samples=[
+        Sample("plain", _inputs(8, 6, (5,), 4)),
+        Sample("one sub-key", _inputs(1, 2, (3,), 1)),
+        Sample("one query", _inputs(20, 14, (), 9, heads=3)),
+        Sample("all sub-keys", _inputs(11, 8, (4,), 11, heads=2)),
+        Sample("odd sizes, two batch dimensions", _inputs(37, 26, (2, 3), 13, heads=2)),
+        Sample("ties", _inputs(600, 12, (7,), 32, draw="grid")),
+        Sample("ties, heads, many queries", _inputs(40, 40, (70,), 32, heads=4, draw="grid")),
+        Sample("no queries", _inputs(6, 4, (0,), 3, draw="grid")),
+    ],
+    workloads=_workloads(),
+    differentiable=("query", "sub_keys"),
+)
+
+product_key_memory = register(
+    _product_key_memory,
+    kernel=lookup(search_op, gather_op),
+    reference=lookup(search, gather),
+    supports={"cpu": lambda *_: None, "triton": lambda query, s, values, k: triton_search_declines(query, k)},
+    samples=[
+        Sample("plain", _inputs(8, 6, (5,), 4, dv=7)),
+        Sample("weights", lambda *a: _inputs(8, 6, (5,), 4, heads=2, dv=7)(*a) | dict(return_weights=True)),
+        Sample("heads, two batch dimensions", _inputs(15, 12, (2, 3), 9, heads=3, dv=10)),
+        Sample("ties", _inputs(30, 12, (9,), 30, heads=2, dv=33, draw="grid")),
+        Sample("no queries", _inputs(6, 4, (0,), 3, dv=5, draw="grid")),
+    ],
+    workloads=_workloads(dv=512),
+    differentiable=("query", "sub_keys", "values"),
+)

@@ -1,0 +1,328 @@
+"""Weighted sums of a table's rows, chosen by index: an embedding bag with a weight for each of its entries.
+
+    y_n = Σ_j w_nj V[i_nj]
+    dw_nj = dy_n · V[i_nj];   dV[m] = Σ_{n, j: i_nj = m} w_nj dy_n
+
+A row's gradient is summed over the places that hit it in their order (n, then j), found by a stable sort of the
+indices, so its bits do not depend on how the work was shared out. G tables can be read at once: table g by the indices
+[:, g].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..checks import can_read, expect, expect_alike, expect_device, expect_tensor, expect_type
+from ..registry import (
+    FLOATS,
+    REFERENCE,
+    Sample,
+    Workload,
+    autocast,
+    refuse_forward_mode,
+    register,
+    second_order,
+    torch_op,
+    triton_declines,
+)
+from .wkv4 import exact_of
+
+_DTYPES = (torch.float64, *FLOATS)
+
+
+def gather(
+    values: Tensor,  # [G, M, dv]
+    indices: Tensor,  # [N, G, k]
+    weights: Tensor,  # [N, G, k], exact
+) -> Tensor:
+    """y [N, G, dv] in values' dtype, in plain PyTorch."""
+    tables = torch.arange(values.size(0), device=values.device)[:, None]
+    rows = values[tables, indices].to(weights.dtype)  # [N, G, k, dv]
+    return torch.einsum("ngk,ngkd->ngd", weights, rows).to(values.dtype)
+
+
+def gather_rows(grad: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(the rows that are used, ascending [U], their gradients [U, dv]) for one table, in plain PyTorch."""
+    rows, place = indices.flatten().unique(return_inverse=True)
+    each = weights[..., None] * grad[:, :, None].to(weights.dtype)  # [N, 1, k, dv]
+    sums = each.new_zeros(rows.numel(), grad.size(2)).index_add_(0, place, each.flatten(0, 2))
+    return rows, sums.to(grad.dtype)
+
+
+class _SparseGather(torch.autograd.Function):
+    """The gather from one table, [M, dv], whose gradient of it is sparse. Once differentiable."""
+
+    @staticmethod
+    def forward(ctx, values, indices, weights, backend):
+        ctx.save_for_backward(values, indices, weights)
+        ctx.backend = backend
+        if backend == REFERENCE:
+            return gather(values[None], indices, weights)
+        return gather_op(values[None], indices, weights, backend)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            _refuse()
+        values, indices, weights = ctx.saved_tensors
+        grad_values = grad_weights = None
+        if ctx.backend == REFERENCE:
+            if ctx.needs_input_grad[0]:
+                grad_values = gather_rows(grad, indices, weights)
+            if ctx.needs_input_grad[2]:
+                exact = weights.dtype
+                grad_weights = torch.einsum("ngd,ngkd->ngk", grad.to(exact), values[indices].to(exact))
+        else:
+            if ctx.needs_input_grad[0]:
+                grad_values = _rows_op(grad, indices, weights, values.size(0), ctx.backend)
+            if ctx.needs_input_grad[2]:
+                grad_weights = gather_backward_op(grad, values[None], indices, weights, False, True, ctx.backend)[1]
+        if grad_values is not None:
+            rows, sums = grad_values
+            grad_values = torch.sparse_coo_tensor(
+                rows[None], sums, values.shape, is_coalesced=True, check_invariants=False
+            )
+        return grad_values, None, grad_weights, None
+
+
+def _reference(values: Tensor, indices: Tensor, weights: Tensor, sparse: bool) -> Tensor:
+    if sparse:
+        return _SparseGather.apply(values, indices, weights, REFERENCE)
+    return gather(values[None], indices, weights)
+
+
+def _kernel(values: Tensor, indices: Tensor, weights: Tensor, sparse: bool, backend: int) -> Tensor:
+    if sparse:
+        return _SparseGather.apply(values, indices, weights, backend)
+    return gather_op(values[None], indices, weights, backend)
+
+
+# ------------------------------------------------------------------------------------------------ torch ops
+
+
+def _output(values, indices, weights, backend):
+    return values.new_empty(indices.size(0), indices.size(1), values.size(2))
+
+
+def _gradients(grad, values, indices, weights, for_values, for_weights, backend):
+    return (
+        values.new_empty(values.shape if for_values else 0),
+        weights.new_empty(weights.shape if for_weights else 0),
+    )
+
+
+def _used_rows(grad, indices, weights, table_rows, backend):
+    used = torch.library.get_ctx().new_dynamic_size()
+    return indices.new_empty(used), grad.new_empty(used, grad.size(2))
+
+
+def _save(ctx, inputs, output):
+    *primals, ctx.backend = inputs
+    ctx.save_for_backward(*primals)
+
+
+def _backward(ctx, grad):
+    for_values, _, for_weights, _ = ctx.needs_input_grad
+    grads = gather_backward_op(grad, *ctx.saved_tensors, for_values, for_weights, ctx.backend)
+    return grads[0] if for_values else None, None, grads[1] if for_weights else None, None
+
+
+def _save_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx, cotangent_values, cotangent_weights):
+    grad, *primals = ctx.saved_tensors
+
+    def forward(*primals):
+        return (gather(*primals),)
+
+    return *second_order(forward, primals, (grad,), (cotangent_values, None, cotangent_weights)), None, None, None
+
+
+def _refuse(*_):
+    raise NotImplementedError("weighted_gather: a sparse gradient has no gradient of its own: use sparse_grad=False")
+
+
+def _triton(values, indices, weights, backend):
+    from ..kernels import weighted_gather as kernels
+
+    out = _output(values, indices, weights, backend)
+    kernels.forward(_rows_contiguous(values), indices.contiguous(), weights.contiguous(), out)
+    return out
+
+
+def _triton_backward(grad, values, indices, weights, for_values, for_weights, backend):
+    from ..kernels import weighted_gather as kernels
+
+    grad, indices, weights = grad.contiguous(), indices.contiguous(), weights.contiguous()
+    grad_values, grad_weights = _gradients(grad, values, indices, weights, for_values, for_weights, backend)
+    if for_values:
+        flat = indices.transpose(0, 1).flatten(1)  # [G, N·k]
+        rows, order = flat.sort(stable=True)
+        kernels.sum_rows(grad, weights, rows, order, grad_values.zero_())
+    if for_weights:
+        kernels.dot_rows(grad, _rows_contiguous(values), indices, grad_weights)
+    return grad_values, grad_weights
+
+
+def _triton_rows(grad, indices, weights, table_rows, backend):
+    from ..kernels import weighted_gather as kernels
+
+    rows, order = indices.flatten().sort(stable=True)
+    used, place = rows.unique_consecutive(return_inverse=True)
+    sums = grad.new_empty(1, used.size(0), grad.size(2))
+    kernels.sum_rows(grad.contiguous(), weights.contiguous(), place[None], order[None], sums)
+    return used, sums[0]
+
+
+def _rows_contiguous(values: Tensor) -> Tensor:
+    return values if values.stride(2) == 1 else values.contiguous()
+
+
+gather_backward_op = torch_op(
+    "weighted_gather_backward(Tensor grad, Tensor values, Tensor indices, Tensor weights, bool for_values, "
+    "bool for_weights, int backend) -> (Tensor, Tensor)",
+    fake=_gradients,
+    implementations={"triton": _triton_backward},
+    setup_context=_save_backward,
+    backward=_double_backward,
+)
+
+gather_op = torch_op(
+    "weighted_gather(Tensor values, Tensor indices, Tensor weights, int backend) -> Tensor",
+    fake=_output,
+    implementations={"triton": _triton},
+    setup_context=_save,
+    backward=_backward,
+)
+
+_rows_op = torch_op(
+    "weighted_gather_rows(Tensor grad, Tensor indices, Tensor weights, int table_rows, int backend) "
+    "-> (Tensor, Tensor)",
+    fake=_used_rows,
+    implementations={"triton": _triton_rows},
+    setup_context=lambda ctx, inputs, output: None,
+    backward=_refuse,
+)
+
+
+# ------------------------------------------------------------------------------------------------ public function
+
+
+def _weighted_gather(run, values: Tensor, indices: Tensor, weights: Tensor, *, sparse_grad: bool = False) -> Tensor:
+    """Weighted sums of a table's rows: Σ_j weights[..., j] · values[indices[..., j]].
+
+    Args:
+        values: [M, dv], any strides; fp32, bf16, fp16 (and fp64 on the CPU).
+        indices: [..., k], int32 or int64, from 0 to M − 1; repeated ones count as often as they occur.
+        weights: [..., k], in values' dtype or fp32.
+        sparse_grad: the gradient of values is a sparse COO tensor with only the rows that were used, each once, in
+            ascending order (coalesced), as torch.optim.SparseAdam takes it. It cannot be differentiated again, and not
+            be had under torch.compile.
+
+    Returns:
+        [..., dv] in values' dtype, summed in fp32 (fp64). Differentiable, twice too, in values and weights. The
+        gradient of a row is summed in the order of the indices that hit it: the same bits in every run.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device other than the above, before anything is computed.
+        IndexError: an index out of range, on the CPU. (On a GPU such an index counts as a row of zeros.)
+
+    The namesake in torch is `F.embedding_bag(indices, values, per_sample_weights=weights, mode="sum")`.
+    """
+    (values,) = autocast(values)
+    refuse_forward_mode("weighted_gather", (values, weights))
+    expect_tensor(values, "values", "[M, dv]", _DTYPES)
+    check_bags(indices, weights, values)
+    if sparse_grad and torch.compiler.is_compiling():
+        raise NotImplementedError("weighted_gather: torch.compile has no sparse gradients: use sparse_grad=False")
+    *bags, k = indices.shape
+    flat = (math.prod(bags), 1, k)
+    weights = weights.reshape(flat).to(exact_of(values.dtype))
+    return run(values, indices.reshape(flat).long(), weights, sparse_grad).view(*bags, values.size(1))
+
+
+def check_bags(indices: Tensor, weights: Tensor, values: Tensor) -> None:
+    integers = (torch.int32, torch.int64)
+    expect_type(isinstance(indices, Tensor) and indices.dtype in integers, "indices", "int32 or int64", indices)
+    expect(indices.dim() >= 1, "indices", "rank 1 or more [..., k]", indices)
+    expect_device(indices, "indices", values, "values")
+    expect_type(isinstance(weights, Tensor), "weights", "a tensor [..., k]", weights)
+    if weights.shape != indices.shape:
+        expect(False, "weights", f"{list(indices.shape)} to match indices", weights)
+    expect_device(weights, "weights", values, "values")
+    if weights.dtype != exact_of(values.dtype):
+        expect_alike(weights, "weights", values, "values")
+    if can_read(indices) and indices.numel():
+        low, high = (bound.item() for bound in indices.aminmax())
+        if low < 0 or high >= values.size(0):
+            raise IndexError(f"indices: expected 0 to {values.size(0) - 1}, got {low if low < 0 else high}")
+
+
+# ------------------------------------------------------------------------------------------------ declaration
+
+
+def _inputs(M, dv, shape, *, hot=False, sparse=False, exact_weights=False, index=torch.int64):
+    """make(dtype, device). shape: of the indices. hot: most of them hit the same few rows."""
+
+    def make(dtype, device):
+        indices = torch.randint(0, M, shape, device=device)
+        if hot:
+            indices = torch.where(torch.rand(shape, device=device) < 0.7, indices % 3, indices)
+        inputs = dict(
+            values=torch.randn(M, dv, dtype=dtype, device=device),
+            indices=indices.to(index),
+            weights=torch.randn(shape, dtype=exact_of(dtype) if exact_weights else dtype, device=device),
+        )
+        return inputs | dict(sparse_grad=True) if sparse else inputs
+
+    return make
+
+
+def _traffic(inputs) -> float:
+    """Rows are read as often as they are used; nothing of the rest of the table."""
+    values, indices = inputs["values"], inputs["indices"]
+    rows, bags = indices.numel(), indices.numel() // indices.size(-1)
+    row = values.size(1) * values.element_size()
+    return float(rows * (row + indices.element_size() + inputs["weights"].element_size()) + bags * row)
+
+
+def _workloads():
+    for M, dv, n, k in ((262144, 256, 1024, 32), (65536, 1024, 256, 32)):
+        for train, sparse in ((False, False), (True, False), (True, True)):
+            yield Workload(
+                f"M{M} dv{dv} n{n} k{k}" + (", sparse gradient" if sparse else ""),
+                _inputs(M, dv, (n, k), sparse=sparse),
+                bytes=_traffic,
+                train=train,
+                quick=dv == 256,
+            )
+
+
+weighted_gather = register(
+    _weighted_gather,
+    kernel=_kernel,
+    reference=_reference,
+    supports={"cpu": lambda *_: None, "triton": lambda values, *_: triton_declines(values)},
+    samples=[
+        Sample("plain", _inputs(20, 8, (6, 4))),
+        Sample("one of each", _inputs(1, 1, (1,))),
+        Sample("repeated rows", _inputs(9, 5, (7, 12), hot=True)),
+        Sample("odd sizes, two batch dimensions", _inputs(37, 19, (3, 2, 5))),
+        Sample("wide rows", _inputs(70, 259, (5, 9), hot=True)),
+        Sample("rows of 1024", _inputs(40, 1024, (3, 33))),
+        Sample("one bag of many", _inputs(200, 24, (1, 300), hot=True)),
+        Sample("many bags", _inputs(1000, 40, (130, 16), hot=True)),
+        Sample("weights in fp32, indices in int32", _inputs(50, 16, (8, 8), exact_weights=True, index=torch.int32)),
+        Sample("no bags", _inputs(5, 8, (0, 4))),
+        Sample("empty bags", _inputs(5, 8, (3, 0))),
+        Sample("rows of no elements", _inputs(5, 0, (3, 2))),
+    ],
+    workloads=_workloads(),
+    differentiable=("values", "weights"),
+)
