@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t SEGMENT = 256;             // hits of a row that are summed one after the other
 constexpr int64_t LEAST_BYTES = 1 << 16;     // of rows that a task reads: less costs more to hand out than it gains
 constexpr int64_t MOST_BYTES = 1 << 20;
-constexpr int64_t AHEAD_BYTES = 1 << 13;     // of rows asked for before they are read
+constexpr int64_t AHEAD_BYTES = 1 << 12;     // of rows asked for before they are read
 constexpr int SIDE = 4;                      // rows read side by side
 
 template <class Storage>

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..checks import can_read, expect, expect_alike, expect_device, expect_tensor, expect_type
 from ..registry import (
+    CPU,
     FLOATS,
     REFERENCE,
     Sample,
@@ -89,15 +90,29 @@ class _SparseGather(torch.autograd.Function):
 
 
 def _reference(values: Tensor, indices: Tensor, weights: Tensor, sparse: bool) -> Tensor:
+    _check_range(indices, values.size(0))
     if sparse:
         return _SparseGather.apply(values, indices, weights, REFERENCE)
     return gather(values[None], indices, weights)
 
 
 def _kernel(values: Tensor, indices: Tensor, weights: Tensor, sparse: bool, backend: int) -> Tensor:
-    if sparse:
-        return _SparseGather.apply(values, indices, weights, backend)
-    return gather_op(values[None], indices, weights, backend)
+    if backend != CPU:  # whose kernel looks itself
+        _check_range(indices, values.size(0))
+    try:
+        if sparse:
+            return _SparseGather.apply(values, indices, weights, backend)
+        return gather_op(values[None], indices, weights, backend)
+    except RuntimeError:
+        _check_range(indices, values.size(0))
+        raise
+
+
+def _check_range(indices: Tensor, rows: int) -> None:
+    if can_read(indices) and indices.numel():
+        low, high = (bound.item() for bound in indices.aminmax())
+        if low < 0 or high >= rows:
+            raise IndexError(f"indices: expected 0 to {rows - 1}, got {low if low < 0 else high}")
 
 
 # ------------------------------------------------------------------------------------------------ torch ops
@@ -258,10 +273,6 @@ def check_bags(indices: Tensor, weights: Tensor, values: Tensor) -> None:
     expect_device(weights, "weights", values, "values")
     if weights.dtype != exact_of(values.dtype):
         expect_alike(weights, "weights", values, "values")
-    if can_read(indices) and indices.numel():
-        low, high = (bound.item() for bound in indices.aminmax())
-        if low < 0 or high >= values.size(0):
-            raise IndexError(f"indices: expected 0 to {values.size(0) - 1}, got {low if low < 0 else high}")
 
 
 # ------------------------------------------------------------------------------------------------ declaration

@@ -1,0 +1,347 @@
+"""Exact top-k search in Triton: of s_m = scale · q·K_m the k largest, equal ones by the lower index, NaN above all.
+
+  kernel    a program owns                             reads                    writes
+  _search   BLOCK_M queries of one head and one of     its queries once, its    the K best of its keys for each query,
+            `splits` shares of the keys                share of the keys        sorted (K: the power of two from k on)
+  _merge    one query of one head                      the lists of its splits  scores, indices
+
+A score is a pair of integers: its bits, made to order as it does, and the index of its key. The order of pairs is
+total, so neither blocks nor splits show in the result. A program keeps of each query its list of the K best, a buffer
+of CAPACITY pairs, and, alone in registers, the bar: the k-th best score so far. A block of scores is compared with the
+bar; what passes is appended to the buffer, and most blocks of a long pass have nothing that does. When a row of the
+buffer might not hold another block, all are sorted and joined with the lists, which raises the bar. Sorting each block
+that had a survivor among BLOCK_M queries was sorting nearly all blocks: 64 queries of 4096 keys at k = 32 sorted 64
+times, now 4 times. Lists and buffers are scratch memory that no other program sees.
+
+Sorting is bitonic, on tiles seen as hypercubes: the partner in a comparison is a neighbour along an axis of size 2.
+"""
+import triton
+import triton.language as tl
+
+# ---- pairs (s, j): a score's order and its key's index, integers as wide as the score --------------------------------
+
+@triton.constexpr_function
+def _log2(n):
+    return n.bit_length() - 1
+
+
+@triton.jit
+def order(score):
+    """Floats -> integers of the same width in the order of the search, none of them the lowest: −0 is 0, NaN the top"""
+    BITS: tl.constexpr = score.dtype.primitive_bitwidth
+    TOP: tl.constexpr = 2**(BITS - 1) - 1
+    bits = (score + 0.0).to(tl.int64 if BITS == 64 else tl.int32, bitcast=True)
+    return tl.where(score != score, TOP, bits ^ ((bits >> (BITS - 1)) & TOP))
+
+
+@triton.jit
+def score_of(s):
+    """The inverse of order; of the lowest integer, which is no score's, a NaN"""
+    BITS: tl.constexpr = s.dtype.primitive_bitwidth
+    TOP: tl.constexpr = 2**(BITS - 1) - 1
+    return (s ^ ((s >> (BITS - 1)) & TOP)).to(tl.float64 if BITS == 64 else tl.float32, bitcast=True)
+
+
+@triton.jit
+def nothing(R: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
+    """[R, K] pairs that come after every other"""
+    TOP: tl.constexpr = 2**(ACC.primitive_bitwidth - 1) - 1
+    j = tl.full((R, K), TOP, tl.int64 if ACC.primitive_bitwidth == 64 else tl.int32)
+    return -1 - j, j
+
+
+@triton.jit
+def _before(s, j, other_s, other_j):
+    """Whether the other pair comes first"""
+    return (other_s > s) | ((other_s == s) & (other_j < j))
+
+
+@triton.jit
+def _partner(x, AXIS: tl.constexpr):
+    """The neighbour of each element along an axis of size 2; integers wrap, so the difference is exact"""
+    return tl.sum(x, AXIS, keep_dims=True) - x
+
+
+@triton.jit
+def _bit(i: tl.constexpr, RANK: tl.constexpr):
+    """Bit i of an element's place in a hypercube: [1, …, 2, …, 1]"""
+    return tl.reshape(tl.arange(0, 2), [1] * (RANK - 1 - i) + [2] + [1] * i)
+
+
+@triton.jit
+def _cube(x):
+    return tl.reshape(x, [2] * _log2(x.numel) if x.numel > 1 else [1])
+
+
+@triton.jit
+def _sort_bitonic(s, j, STAGE: tl.constexpr, up):
+    """Cubes of bitonic runs of 2^STAGE -> the runs sorted, ascending where up is 1, descending where it is 0"""
+    RANK: tl.constexpr = _log2(s.numel)
+    for i in tl.static_range(STAGE):
+        other_s, other_j = _partner(s, RANK - STAGE + i), _partner(j, RANK - STAGE + i)
+        swap = _before(s, j, other_s, other_j) ^ ((_bit(STAGE - 1 - i, RANK) ^ up) != 0)
+        s, j = tl.where(swap, other_s, s), tl.where(swap, other_j, j)
+    return s, j
+
+
+@triton.jit
+def _directions(STAGE: tl.constexpr, LAST: tl.constexpr, RANK: tl.constexpr):
+    """The even runs of 2^STAGE ascending, the odd ones descending; when there is but one a row, ascending"""
+    if STAGE < LAST:
+        return 1 - _bit(STAGE, RANK)
+    else:
+        return 1
+
+
+@triton.jit
+def _first(s, j, AXIS: tl.constexpr):
+    """Of each two neighbours along an axis of size 2 the one that comes first; the axis goes"""
+    other_s, other_j = _partner(s, AXIS), _partner(j, AXIS)
+    swap = _before(s, j, other_s, other_j)
+    return tl.max(tl.where(swap, other_s, s), AXIS), tl.max(tl.where(swap, other_j, j), AXIS)  # both are the same
+
+
+@triton.jit
+def sort_runs(s, j, K: tl.constexpr):
+    """s, j: [R, W] -> runs of K sorted, the even runs of a row ascending, the odd ones descending"""
+    RANK: tl.constexpr = _log2(s.numel)
+    LAST: tl.constexpr = _log2(s.shape[1])
+    cube_s, cube_j = _cube(s), _cube(j)
+    for stage in tl.static_range(1, _log2(K) + 1):
+        cube_s, cube_j = _sort_bitonic(cube_s, cube_j, stage, _directions(stage, LAST, RANK))
+    return tl.reshape(cube_s, s.shape), tl.reshape(cube_j, j.shape)
+
+
+@triton.jit
+def join(best_s, best_j, s, j, up):
+    """The lists best: [R, K], descending, and s, j: [R, W], runs of K as sort_runs makes them -> the K best of all of
+    them, ascending if up is 1, descending if it is 0"""
+    R: tl.constexpr = best_s.shape[0]
+    K: tl.constexpr = best_s.shape[1]
+    LOG_K: tl.constexpr = _log2(K)
+    LEVELS: tl.constexpr = _log2(s.shape[1]) - LOG_K
+    RANK: tl.constexpr = _log2(s.numel)
+    s, j = _cube(s), _cube(j)
+    for level in tl.static_range(LEVELS):  # of an ascending and a descending run, element by element, the better one
+        s, j = _first(s, j, RANK - 1 - level - LOG_K)
+        s, j = _sort_bitonic(s, j, LOG_K, _directions(LOG_K, LOG_K + LEVELS - 1 - level, RANK - 1 - level))
+    s, j = tl.reshape(s, (R, K)), tl.reshape(j, (R, K))
+    swap = _before(best_s, best_j, s, j)
+    s, j = _cube(tl.where(swap, s, best_s)), _cube(tl.where(swap, j, best_j))
+    s, j = _sort_bitonic(s, j, LOG_K, up)
+    return tl.reshape(s, (R, K)), tl.reshape(j, (R, K))
+
+
+# ---- loads and stores; lists and buffers hold the integers' bits in the dtype of the scores --------------------------
+
+@triton.jit
+def _load_ints(ptrs, mask=None):
+    x = tl.load(ptrs, mask=mask)
+    return x.to(tl.int64 if x.dtype.primitive_bitwidth == 64 else tl.int32, bitcast=True)
+
+
+@triton.jit
+def _store_ints(ptrs, x, mask=None):
+    tl.store(ptrs, x.to(ptrs.dtype.element_ty, bitcast=True), mask=mask)
+
+
+@triton.jit
+def _load_part(rows, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns d to d + BLOCK_D of rows: [R] pointers -> [R, BLOCK_D], zero beyond D"""
+    cols = d + tl.arange(0, BLOCK_D)[None, :]
+    if D % BLOCK_D == 0:
+        return tl.load(rows[:, None] + cols)
+    else:
+        return tl.load(rows[:, None] + cols, mask=cols < D, other=0)
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+@triton.jit
+def _products(q, keys, acc):
+    """q: [BLOCK_M, BLOCK_D], keys: [BLOCK_N, BLOCK_D] -> acc + q keysᵀ: [BLOCK_M, BLOCK_N]. Never TF32"""
+    if acc.shape[0] == 1:
+        return acc + tl.sum(q.to(acc.dtype) * keys.to(acc.dtype), 1)[None, :]
+    else:
+        return tl.dot(q, tl.trans(keys), acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def _clear(ptr, at_ptr, places):
+    s, j = nothing(places.shape[0], places.shape[1], ptr.dtype.element_ty)
+    _store_ints(ptr + places, s)
+    _store_ints(at_ptr + places, j)
+
+
+@triton.jit
+def _flush(best, best_at, found, found_at, most, up, BLOCK_M: tl.constexpr, K: tl.constexpr, CAPACITY: tl.constexpr,
+           CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """Joins the buffer, of whose rows none has more than `most` pairs, with the lists and empties it. Lists are
+    descending; up: 1 leaves them ascending."""
+    tl.debug_barrier()  # what is loaded here other threads have stored
+    for first in range(0, BLOCK_M, ROWS):
+        rows = first + tl.arange(0, ROWS)[:, None]
+        places = rows * K + tl.arange(0, K)[None, :]
+        s, j = _load_ints(best + places), _load_ints(best_at + places)  # [ROWS, K]
+        for start in range(0, tl.maximum(most, 1), CHUNK):
+            spots = rows * CAPACITY + (start + tl.arange(0, CHUNK)[None, :])
+            new_s, new_j = _load_ints(found + spots), _load_ints(found_at + spots)  # [ROWS, CHUNK]
+            _clear(found, found_at, spots)
+            new_s, new_j = sort_runs(new_s, new_j, K)
+            s, j = join(s, j, new_s, new_j, (start + CHUNK >= most).to(tl.int32) * up)
+        _store_ints(best + places, s)
+        _store_ints(best_at + places, j)
+    tl.debug_barrier()  # what was cleared here other threads fill
+
+
+@triton.jit(do_not_specialize=["N", "M", "share", "blocks"])
+def _search(
+        query_ptr, keys_ptr, best_ptr, best_at_ptr, found_ptr, found_at_ptr, query_strides, keys_strides, scale,
+        N, H, M, share, blocks, k, D: tl.constexpr, BLOCK_D: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):
+    """best, best_at: [splits, H, blocks · BLOCK_M, K]; found, found_at: [splits, H, blocks · BLOCK_M, CHUNK + GROUP]; a
+    split has `share` keys. A row of the buffer that holds CHUNK pairs is sorted; GROUP keys more always fit. GROUP is
+    a multiple of CHUNK. Sorting takes ROWS rows and CHUNK pairs of each at a time."""
+    ACC: tl.constexpr = best_ptr.dtype.element_ty
+    CAPACITY: tl.constexpr = CHUNK + GROUP
+    pid = tl.program_id(0)
+    h = (pid // blocks % H).to(tl.int64)
+    split = pid // blocks // H
+    own = tl.arange(0, BLOCK_M)
+    n = tl.minimum(pid % blocks * BLOCK_M + own, N - 1)  # rows past the last repeat it, and nobody reads their lists
+    start = split * share
+    end = tl.minimum(start + share, M)
+    query_rows = query_ptr + h * query_strides[1] + n.to(tl.int64) * query_strides[0]
+    keys_ptr += h * keys_strides[0]
+    best = best_ptr + pid.to(tl.int64) * (BLOCK_M * K)
+    best_at = best_at_ptr + pid.to(tl.int64) * (BLOCK_M * K)
+    found = found_ptr + pid.to(tl.int64) * (BLOCK_M * CAPACITY)
+    found_at = found_at_ptr + pid.to(tl.int64) * (BLOCK_M * CAPACITY)
+    _clear(best, best_at, own[:, None] * K + tl.arange(0, K)[None, :])
+    for first in range(0, CAPACITY, CHUNK):
+        _clear(found, found_at, own[:, None] * CAPACITY + first + tl.arange(0, CHUNK)[None, :])
+    tl.debug_barrier()
+
+    if D <= BLOCK_D:
+        q = _load_part(query_rows, 0, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    count = tl.zeros((BLOCK_M,), tl.int32)
+    bar = tl.full((BLOCK_M,), float("nan"), ACC)  # nothing is below it
+    length = start * 0 + CHUNK
+    while start < end:
+        stop = tl.minimum(start + length, end)
+        for block in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+            j = block + tl.arange(0, BLOCK_N)
+            # Keys past the last repeat it, which needs no mask beside the one that scores have.
+            rows = keys_ptr + tl.minimum(j, M - 1).to(tl.int64) * keys_strides[1]
+            s = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+            if D <= BLOCK_D:
+                s = _products(q, _load_part(rows, 0, D, BLOCK_D), s)
+            else:
+                for d in range(0, D, BLOCK_D):
+                    s = _products(_load_part(query_rows, d, D, BLOCK_D), _load_part(rows, d, D, BLOCK_D), s)
+            s = s * scale
+            passes = ((s <= bar[:, None]) == 0) & (j < end)[None, :]  # NaN on either side passes
+            if tl.max(passes.to(tl.int32)) > 0:
+                spots = own[:, None] * CAPACITY + (count[:, None] + tl.cumsum(passes.to(tl.int32), 1) - 1)
+                ordered = order(s)
+                _store_ints(found + spots, ordered, passes)
+                _store_ints(found_at + spots, tl.broadcast_to(j.to(ordered.dtype)[None, :], s.shape), passes)
+                count += tl.sum(passes.to(tl.int32), 1)
+        # Groups double, as long as they may: on random keys each lets pass about 0.7 k a query.
+        length = tl.minimum(2 * length, GROUP)
+        start = stop
+        most = tl.max(count)
+        if (most >= CHUNK) | (start >= end):
+            # The last time even splits leave their lists ascending, odd ones descending: runs as `join` takes them.
+            up = (start >= end).to(tl.int32) * (1 - split % 2)
+            _flush(best, best_at, found, found_at, most, up, BLOCK_M, K, CAPACITY, CHUNK, ROWS)
+            count = tl.zeros_like(count)
+            bar = score_of(_load_ints(best + own * K + (k - 1)))
+
+
+@triton.jit(do_not_specialize=["N", "splits", "rows"])
+def _merge(
+        best_ptr, best_at_ptr, scores_ptr, indices_ptr, N, H, rows, splits, k, K: tl.constexpr, WIDTH: tl.constexpr,
+        ROWS: tl.constexpr):
+    """best, best_at: [splits, H, rows ≥ N, K]; scores, indices: [N, H, k]. WIDTH: pairs of a query joined at once"""
+    ACC: tl.constexpr = scores_ptr.dtype.element_ty
+    out = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    out = tl.minimum(out, N * H - 1).to(tl.int64)  # rows past the last repeat it
+    place = tl.arange(0, WIDTH)[None, :]
+    run = place // K
+    s, j = nothing(ROWS, K, ACC)
+    none_s, none_j = nothing(ROWS, WIDTH, ACC)
+    for first in range(0, splits, WIDTH // K):
+        at = (((first + run).to(tl.int64) * H + out % H) * rows + out // H) * K + place % K  # [ROWS, WIDTH]
+        inside = first + run < splits
+        new_s = tl.where(inside, _load_ints(best_ptr + at, inside), none_s)
+        new_j = tl.where(inside, _load_ints(best_at_ptr + at, inside), none_j)
+        s, j = join(s, j, new_s, new_j, 0)
+    place = tl.arange(0, K)[None, :]
+    tl.store(scores_ptr + out * k + place, score_of(s), mask=place < k)
+    tl.store(indices_ptr + out * k + place, j.to(tl.int64), mask=place < k)
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
+
+# Multiprocessors of the usual part of each target, which decide how far the keys are split.
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
+                   "gfx90a": 104, "gfx942": 304, "gfx950": 256}
+WIDEST = 4096  # pairs that a merge holds in registers
+
+
+def _target():
+    if INTERPRETED:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else target.arch.split(":")[0]
+
+
+def _plan(N, H, M, D, k, size):
+    """-> (splits, constants and options of _search), for N queries and M keys of D numbers of `size` bytes"""
+    K = max(2, triton.next_power_of_2(k))
+    if INTERPRETED:  # any size is right there: small ones meet more edges on small inputs
+        block_m, block_n, block_d = 1 if N == 1 else max(16, min(triton.next_power_of_2(N), 64)), 32, 64
+        chunk, group, pairs = max(32, K), 128, 64 * 32
+    else:
+        block_m = 1 if N == 1 else max(16, min(triton.next_power_of_2(N), 64 if size == 2 and K <= 64 else 32))
+        block_n, block_d = 64, 256 if size == 2 else 128
+        chunk, group, pairs = max(512 if N == 1 else 128, K), 1024, 4096 if block_m == 64 else 2048
+    block_d = max(16, min(triton.next_power_of_2(D), block_d))
+    programs = H * triton.cdiv(N, block_m)
+    wanted = triton.cdiv(2 * MULTIPROCESSORS.get(_target(), 4), programs)
+    splits = max(1, min(wanted, M // max(512 if not INTERPRETED else 64, 4 * K)))
+    options = {"D": D, "BLOCK_D": block_d, "K": K, "GROUP": max(group, chunk), "CHUNK": chunk,
+               "ROWS": min(block_m, max(1, pairs // chunk)), "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": 3,
+               "num_warps": 8 if block_m == 64 else 4}
+    return splits, options
+
+
+def rows_of(width):
+    """-> (rows of so many pairs that a program sorts together, launch options)"""
+    return 64 if INTERPRETED else max(1, 128 // width), {"num_warps": min(8, max(1, width // 256))}
+
+
+def search(query, keys, scale, scores, indices):
+    """Writes scores: [N, H, k], fp32 (fp64 for fp64), and indices: [N, H, k], int64, both contiguous.
+
+    query: [N, H, d] and keys: [H, M, d], of any strides but 1 in the last dimension; k ≤ M < 2³¹, d ≥ 1.
+    """
+    N, H, k = scores.shape
+    M, D = keys.shape[1:]
+    if not N * H:
+        return
+    splits, options = _plan(N, H, M, D, k, query.dtype.itemsize)
+    K, blocks = options["K"], triton.cdiv(N, options["BLOCK_M"])
+    share = triton.cdiv(triton.cdiv(M, splits), options["BLOCK_N"]) * options["BLOCK_N"]
+    splits = triton.cdiv(M, share)
+    rows = blocks * options["BLOCK_M"]
+    best, found = (scores.new_empty(2, splits, H, rows, width) for width in (K, options["CHUNK"] + options["GROUP"]))
+    _search[(splits * H * blocks,)](
+        query, keys, *best, *found, query.stride()[:2], keys.stride()[:2], scale, N, H, M, share, blocks, k, **options)
+    width = min(K * triton.next_power_of_2(splits), max(K, WIDEST))
+    together, options = rows_of(width)
+    _merge[(triton.cdiv(N * H, together),)](
+        *best, scores, indices, N, H, rows, splits, k, K, width, together, **options)
