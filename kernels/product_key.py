@@ -56,3 +56,10 @@ def search(query, sub_keys, scores, ids):
     rows, options = topk.rows_of(K)
     _pairs[(triton.cdiv(N * H, rows),)](
         halves, places, scores, ids, N * H, n, k, K, K.bit_length() - 1, rows, **options)
+
+
+# What `python -m pykernels audit` may find here, and why it is shipped all the same.
+AUDIT_EXCEPTIONS = [
+    dict(kernel="_pairs", check="narrow load",
+         reason="scores are looked up by rank, each from a list of k that stays in the nearest cache"),
+]

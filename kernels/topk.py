@@ -1,17 +1,18 @@
 """Exact top-k search in Triton: of s_m = scale · q·K_m the k largest, equal ones by the lower index, NaN above all.
 
-  kernel    a program owns                             reads                    writes
-  _search   BLOCK_M queries of one head and one of     its queries once, its    the K best of its keys for each query,
-            `splits` shares of the keys                share of the keys        sorted (K: the power of two from k on)
-  _merge    one query of one head                      the lists of its splits  scores, indices
+  kernel    a program owns                             reads                     writes
+  _search   BLOCK_M queries of one head and one of     its queries once, its     the K best of its keys for each query,
+            `splits` shares of the keys                share of the keys         sorted (K: the power of two from k on)
+  _merge    ROWS queries' results for one head each    the lists of all splits   scores, indices
 
 A score is a pair of integers: its bits, made to order as it does, and the index of its key. The order of pairs is
-total, so neither blocks nor splits show in the result. A program keeps of each query its list of the K best, a buffer
-of CAPACITY pairs, and, alone in registers, the bar: the k-th best score so far. A block of scores is compared with the
-bar; what passes is appended to the buffer, and most blocks of a long pass have nothing that does. When a row of the
-buffer might not hold another block, all are sorted and joined with the lists, which raises the bar. Sorting each block
-that had a survivor among BLOCK_M queries was sorting nearly all blocks: 64 queries of 4096 keys at k = 32 sorted 64
-times, now 4 times. Lists and buffers are scratch memory that no other program sees.
+total, so neither blocks nor splits show in the result. For each query a program keeps a list of the K best, a buffer,
+and in registers the bar, the k-th best score so far. Scores that pass the bar are appended to the buffer; between
+groups of key blocks, if a row has enough of them, buffers are sorted and joined with the lists, which raises the bar.
+Lists and buffers are scratch memory that no other program sees, and their size does not depend on M.
+
+The first version sorted each block of scores of which any passed: with 64 queries that is nearly every block (64 of 64
+at M = 4096, k = 32), now it is five sorts. The loop over a group's blocks holds no barrier, else it is not pipelined.
 
 Sorting is bitonic, on tiles seen as hypercubes: the partner in a comparison is a neighbour along an axis of size 2.
 """
@@ -132,17 +133,29 @@ def join(best_s, best_j, s, j, up):
     return tl.reshape(s, (R, K)), tl.reshape(j, (R, K))
 
 
-# ---- loads and stores; lists and buffers hold the integers' bits in the dtype of the scores --------------------------
+# ---- loads and stores ------------------------------------------------------------------------------------------------
+# In memory a block of pairs is its scores and, SIZE elements on, their indices, bit by bit in the scores' dtype: the
+# second address is a constant away from the first. The index of no key marks an empty place, whatever its score.
 
 @triton.jit
-def _load_ints(ptrs, mask=None):
-    x = tl.load(ptrs, mask=mask)
-    return x.to(tl.int64 if x.dtype.primitive_bitwidth == 64 else tl.int32, bitcast=True)
+def _load_pairs(ptr, places, SIZE: tl.constexpr, mask=None):
+    score, j = tl.load(ptr + places, mask=mask), tl.load(ptr + places + SIZE, mask=mask)
+    _, none = nothing(1, 1, score.dtype)
+    j = j.to(none.dtype, bitcast=True)
+    if mask is not None:
+        j = tl.where(mask, j, none)
+    return tl.where(j == none, -1 - none, order(score)), j
 
 
 @triton.jit
-def _store_ints(ptrs, x, mask=None):
-    tl.store(ptrs, x.to(ptrs.dtype.element_ty, bitcast=True), mask=mask)
+def _store_indices(ptr, places, j, SIZE: tl.constexpr, mask=None):
+    tl.store(ptr + places + SIZE, j.to(ptr.dtype.element_ty, bitcast=True), mask=mask)
+
+
+@triton.jit
+def _clear(ptr, places, SIZE: tl.constexpr):
+    _, none = nothing(1, 1, ptr.dtype.element_ty)
+    _store_indices(ptr, places, tl.broadcast_to(none, places.shape), SIZE)
 
 
 @triton.jit
@@ -167,59 +180,51 @@ def _products(q, keys, acc):
 
 
 @triton.jit
-def _clear(ptr, at_ptr, places):
-    s, j = nothing(places.shape[0], places.shape[1], ptr.dtype.element_ty)
-    _store_ints(ptr + places, s)
-    _store_ints(at_ptr + places, j)
-
-
-@triton.jit
-def _flush(best, best_at, found, found_at, most, up, BLOCK_M: tl.constexpr, K: tl.constexpr, CAPACITY: tl.constexpr,
+def _flush(list_ptr, found_ptr, valid, most, up, BLOCK_M: tl.constexpr, K: tl.constexpr, CAPACITY: tl.constexpr,
            CHUNK: tl.constexpr, ROWS: tl.constexpr):
-    """Joins the buffer, of whose rows none has more than `most` pairs, with the lists and empties it. Lists are
-    descending; up: 1 leaves them ascending."""
+    """Joins the first `valid` rows of the buffer, none of which has more than `most` pairs, with the lists and empties
+    them. Lists are descending; up: 1 leaves them ascending."""
     tl.debug_barrier()  # what is loaded here other threads have stored
-    for first in range(0, BLOCK_M, ROWS):
+    for first in range(0, valid, ROWS):
         rows = first + tl.arange(0, ROWS)[:, None]
         places = rows * K + tl.arange(0, K)[None, :]
-        s, j = _load_ints(best + places), _load_ints(best_at + places)  # [ROWS, K]
+        s, j = _load_pairs(list_ptr, places, BLOCK_M * K)  # [ROWS, K]
         for start in range(0, tl.maximum(most, 1), CHUNK):
             spots = rows * CAPACITY + (start + tl.arange(0, CHUNK)[None, :])
-            new_s, new_j = _load_ints(found + spots), _load_ints(found_at + spots)  # [ROWS, CHUNK]
-            _clear(found, found_at, spots)
+            new_s, new_j = _load_pairs(found_ptr, spots, BLOCK_M * CAPACITY)  # [ROWS, CHUNK]
+            _clear(found_ptr, spots, BLOCK_M * CAPACITY)
             new_s, new_j = sort_runs(new_s, new_j, K)
             s, j = join(s, j, new_s, new_j, (start + CHUNK >= most).to(tl.int32) * up)
-        _store_ints(best + places, s)
-        _store_ints(best_at + places, j)
+        tl.store(list_ptr + places, score_of(s))
+        _store_indices(list_ptr, places, j, BLOCK_M * K)
     tl.debug_barrier()  # what was cleared here other threads fill
 
 
 @triton.jit(do_not_specialize=["N", "M", "share", "blocks"])
 def _search(
-        query_ptr, keys_ptr, best_ptr, best_at_ptr, found_ptr, found_at_ptr, query_strides, keys_strides, scale,
-        N, H, M, share, blocks, k, D: tl.constexpr, BLOCK_D: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):
-    """best, best_at: [splits, H, blocks · BLOCK_M, K]; found, found_at: [splits, H, blocks · BLOCK_M, CHUNK + GROUP]; a
-    split has `share` keys. A row of the buffer that holds CHUNK pairs is sorted; GROUP keys more always fit. GROUP is
-    a multiple of CHUNK. Sorting takes ROWS rows and CHUNK pairs of each at a time."""
-    ACC: tl.constexpr = best_ptr.dtype.element_ty
+        query_ptr, keys_ptr, lists_ptr, buffers_ptr, query_strides, keys_strides, scale, N, H, M, share, blocks, k,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):
+    """lists: pairs [splits, H, blocks][BLOCK_M, K]; buffers: pairs [splits, H, blocks][BLOCK_M, CHUNK + GROUP]; a split
+    has `share` keys. A row of the buffer that holds CHUNK pairs is sorted; GROUP keys more always fit. GROUP is a
+    multiple of CHUNK. Sorting takes ROWS rows and CHUNK pairs of each at a time."""
+    ACC: tl.constexpr = lists_ptr.dtype.element_ty
     CAPACITY: tl.constexpr = CHUNK + GROUP
     pid = tl.program_id(0)
     h = (pid // blocks % H).to(tl.int64)
     split = pid // blocks // H
     own = tl.arange(0, BLOCK_M)
-    n = tl.minimum(pid % blocks * BLOCK_M + own, N - 1)  # rows past the last repeat it, and nobody reads their lists
+    valid = tl.minimum(N - pid % blocks * BLOCK_M, BLOCK_M)
+    n = pid % blocks * BLOCK_M + tl.minimum(own, valid - 1)  # rows past the last repeat it and are never sorted
     start = split * share
     end = tl.minimum(start + share, M)
     query_rows = query_ptr + h * query_strides[1] + n.to(tl.int64) * query_strides[0]
     keys_ptr += h * keys_strides[0]
-    best = best_ptr + pid.to(tl.int64) * (BLOCK_M * K)
-    best_at = best_at_ptr + pid.to(tl.int64) * (BLOCK_M * K)
-    found = found_ptr + pid.to(tl.int64) * (BLOCK_M * CAPACITY)
-    found_at = found_at_ptr + pid.to(tl.int64) * (BLOCK_M * CAPACITY)
-    _clear(best, best_at, own[:, None] * K + tl.arange(0, K)[None, :])
+    list_ptr = lists_ptr + pid.to(tl.int64) * (2 * BLOCK_M * K)
+    found_ptr = buffers_ptr + pid.to(tl.int64) * (2 * BLOCK_M * CAPACITY)
+    _clear(list_ptr, own[:, None] * K + tl.arange(0, K)[None, :], BLOCK_M * K)
     for first in range(0, CAPACITY, CHUNK):
-        _clear(found, found_at, own[:, None] * CAPACITY + first + tl.arange(0, CHUNK)[None, :])
+        _clear(found_ptr, own[:, None] * CAPACITY + (first + tl.arange(0, CHUNK)[None, :]), BLOCK_M * CAPACITY)
     tl.debug_barrier()
 
     if D <= BLOCK_D:
@@ -240,12 +245,13 @@ def _search(
                 for d in range(0, D, BLOCK_D):
                     s = _products(_load_part(query_rows, d, D, BLOCK_D), _load_part(rows, d, D, BLOCK_D), s)
             s = s * scale
-            passes = ((s <= bar[:, None]) == 0) & (j < end)[None, :]  # NaN on either side passes
+            passes = ((s <= bar[:, None]) == 0) & (j < stop)[None, :]  # NaN on either side passes
             if tl.max(passes.to(tl.int32)) > 0:
                 spots = own[:, None] * CAPACITY + (count[:, None] + tl.cumsum(passes.to(tl.int32), 1) - 1)
-                ordered = order(s)
-                _store_ints(found + spots, ordered, passes)
-                _store_ints(found_at + spots, tl.broadcast_to(j.to(ordered.dtype)[None, :], s.shape), passes)
+                tl.store(found_ptr + spots, s, mask=passes)
+                _, none = nothing(1, 1, ACC)
+                wide = tl.broadcast_to(j.to(none.dtype)[None, :], s.shape)
+                _store_indices(found_ptr, spots, wide, BLOCK_M * CAPACITY, passes)
                 count += tl.sum(passes.to(tl.int32), 1)
         # Groups double, as long as they may: on random keys each lets pass about 0.7 k a query.
         length = tl.minimum(2 * length, GROUP)
@@ -254,28 +260,27 @@ def _search(
         if (most >= CHUNK) | (start >= end):
             # The last time even splits leave their lists ascending, odd ones descending: runs as `join` takes them.
             up = (start >= end).to(tl.int32) * (1 - split % 2)
-            _flush(best, best_at, found, found_at, most, up, BLOCK_M, K, CAPACITY, CHUNK, ROWS)
+            _flush(list_ptr, found_ptr, valid, most, up, BLOCK_M, K, CAPACITY, CHUNK, ROWS)
             count = tl.zeros_like(count)
-            bar = score_of(_load_ints(best + own * K + (k - 1)))
+            bar = tl.load(list_ptr + own * K + (k - 1))  # of a place that is empty still: NaN
 
 
-@triton.jit(do_not_specialize=["N", "splits", "rows"])
+@triton.jit(do_not_specialize=["N", "splits", "blocks"])
 def _merge(
-        best_ptr, best_at_ptr, scores_ptr, indices_ptr, N, H, rows, splits, k, K: tl.constexpr, WIDTH: tl.constexpr,
-        ROWS: tl.constexpr):
-    """best, best_at: [splits, H, rows ≥ N, K]; scores, indices: [N, H, k]. WIDTH: pairs of a query joined at once"""
+        lists_ptr, scores_ptr, indices_ptr, N, H, blocks, splits, k, BLOCK_M: tl.constexpr, K: tl.constexpr,
+        WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """lists: as _search leaves them; scores, indices: [N, H, k]. WIDTH: pairs of a query joined at once"""
     ACC: tl.constexpr = scores_ptr.dtype.element_ty
     out = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     out = tl.minimum(out, N * H - 1).to(tl.int64)  # rows past the last repeat it
+    n, h = out // H, out % H
     place = tl.arange(0, WIDTH)[None, :]
     run = place // K
     s, j = nothing(ROWS, K, ACC)
-    none_s, none_j = nothing(ROWS, WIDTH, ACC)
     for first in range(0, splits, WIDTH // K):
-        at = (((first + run).to(tl.int64) * H + out % H) * rows + out // H) * K + place % K  # [ROWS, WIDTH]
-        inside = first + run < splits
-        new_s = tl.where(inside, _load_ints(best_ptr + at, inside), none_s)
-        new_j = tl.where(inside, _load_ints(best_at_ptr + at, inside), none_j)
+        block = ((first + run).to(tl.int64) * H + h) * blocks + n // BLOCK_M  # [ROWS, WIDTH]
+        at = (block * (2 * BLOCK_M) + n % BLOCK_M) * K + place % K
+        new_s, new_j = _load_pairs(lists_ptr, at, BLOCK_M * K, first + run < splits)
         s, j = join(s, j, new_s, new_j, 0)
     place = tl.arange(0, K)[None, :]
     tl.store(scores_ptr + out * k + place, score_of(s), mask=place < k)
@@ -286,10 +291,11 @@ def _merge(
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 
+WIDEST = 4096  # pairs that a merge holds in registers
+
 # Multiprocessors of the usual part of each target, which decide how far the keys are split.
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
                    "gfx90a": 104, "gfx942": 304, "gfx950": 256}
-WIDEST = 4096  # pairs that a merge holds in registers
 
 
 def _target():
@@ -304,18 +310,23 @@ def _plan(N, H, M, D, k, size):
     K = max(2, triton.next_power_of_2(k))
     if INTERPRETED:  # any size is right there: small ones meet more edges on small inputs
         block_m, block_n, block_d = 1 if N == 1 else max(16, min(triton.next_power_of_2(N), 64)), 32, 64
-        chunk, group, pairs = max(32, K), 128, 64 * 32
+        chunk, group, pairs, warps, stages = 32, 128, 64 * 32, 4, 1
+    elif N == 1:  # products stay in registers, and wide loads go there at once
+        block_m, block_n, block_d = 1, 64, 256
+        chunk, group, pairs, warps, stages = 512, 1024, 512, 4, 1
     else:
-        block_m = 1 if N == 1 else max(16, min(triton.next_power_of_2(N), 64 if size == 2 and K <= 64 else 32))
+        block_m = max(16, min(triton.next_power_of_2(N), 64 if size == 2 and K <= 64 else 32))
         block_n, block_d = 64, 256 if size == 2 else 128
-        chunk, group, pairs = max(512 if N == 1 else 128, K), 1024, 4096 if block_m == 64 else 2048
+        warps = 8 if block_m == 64 else 4
+        chunk, group, pairs, stages = 128, 1024, 256 * warps, 3
+    chunk = max(chunk, K)
     block_d = max(16, min(triton.next_power_of_2(D), block_d))
     programs = H * triton.cdiv(N, block_m)
     wanted = triton.cdiv(2 * MULTIPROCESSORS.get(_target(), 4), programs)
-    splits = max(1, min(wanted, M // max(512 if not INTERPRETED else 64, 4 * K)))
+    splits = max(1, min(wanted, M // max(64 if INTERPRETED else 512, 4 * K)))  # each reports K, whatever its share
     options = {"D": D, "BLOCK_D": block_d, "K": K, "GROUP": max(group, chunk), "CHUNK": chunk,
-               "ROWS": min(block_m, max(1, pairs // chunk)), "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": 3,
-               "num_warps": 8 if block_m == 64 else 4}
+               "ROWS": min(block_m, max(1, pairs // chunk)), "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages,
+               "num_warps": warps}
     return splits, options
 
 
@@ -327,7 +338,7 @@ def rows_of(width):
 def search(query, keys, scale, scores, indices):
     """Writes scores: [N, H, k], fp32 (fp64 for fp64), and indices: [N, H, k], int64, both contiguous.
 
-    query: [N, H, d] and keys: [H, M, d], of any strides but 1 in the last dimension; k ≤ M < 2³¹, d ≥ 1.
+    query: [N, H, d] and keys: [H, M, d], of any strides but 1 in the last dimension; k ≤ M, d ≥ 1, M below 2³¹ − 4096.
     """
     N, H, k = scores.shape
     M, D = keys.shape[1:]
@@ -337,11 +348,11 @@ def search(query, keys, scale, scores, indices):
     K, blocks = options["K"], triton.cdiv(N, options["BLOCK_M"])
     share = triton.cdiv(triton.cdiv(M, splits), options["BLOCK_N"]) * options["BLOCK_N"]
     splits = triton.cdiv(M, share)
-    rows = blocks * options["BLOCK_M"]
-    best, found = (scores.new_empty(2, splits, H, rows, width) for width in (K, options["CHUNK"] + options["GROUP"]))
+    pairs = splits * H * blocks * options["BLOCK_M"]
+    lists, buffers = (scores.new_empty(2 * pairs * width) for width in (K, options["CHUNK"] + options["GROUP"]))
     _search[(splits * H * blocks,)](
-        query, keys, *best, *found, query.stride()[:2], keys.stride()[:2], scale, N, H, M, share, blocks, k, **options)
+        query, keys, lists, buffers, query.stride()[:2], keys.stride()[:2], scale, N, H, M, share, blocks, k, **options)
     width = min(K * triton.next_power_of_2(splits), max(K, WIDEST))
-    together, options = rows_of(width)
-    _merge[(triton.cdiv(N * H, together),)](
-        *best, scores, indices, N, H, rows, splits, k, K, width, together, **options)
+    rows, merging = rows_of(width)
+    _merge[(triton.cdiv(N * H, rows),)](
+        lists, scores, indices, N, H, blocks, splits, k, options["BLOCK_M"], K, width, rows, **merging)

@@ -159,7 +159,7 @@ def _join(
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 
 ENOUGH = 264  # programs of one warp that keep a GPU busy; fewer take four warps each, side by side over rows
-HITS = 4 if INTERPRETED else 32  # of a lot
+HITS = 16 if INTERPRETED else 32  # of a lot
 
 
 def _lanes():
@@ -168,7 +168,7 @@ def _lanes():
 
 def _block(dv, itemsize):
     """-> EVEN, BLOCK: 16 bytes a lane of one warp, or all columns where these are fewer"""
-    block = 32 if INTERPRETED else _lanes() * 16 // itemsize
+    block = 64 if INTERPRETED else _lanes() * 16 // itemsize
     block = min(block, triton.next_power_of_2(max(dv, 1)))
     return {"EVEN": dv % block == 0, "BLOCK": block}
 

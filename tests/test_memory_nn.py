@@ -223,7 +223,7 @@ def test_parameter_groups():
 
 
 def test_memory_layers_compile():
-    model = stack()
+    model = stack()[:2]
     compiled = torch.compile(lambda x: through(model, x), fullgraph=True, dynamic=True, backend="aot_eager")
     wanted = list(model.parameters())
     for N in (4, 7):
@@ -245,12 +245,11 @@ def test_memory_layer_under_autocast(sparse, monkeypatch):
     m = layer(32, 16, 4, 2, dtype=torch.float32, sparse_grad=sparse)
     name, seen = "weighted_gather" if sparse else "product_key_memory", []
     op = getattr(module_file, name)
-    monkeypatch.setattr(module_file, name, lambda *a, **options: seen.extend(a) or op(*a, **options))
+    monkeypatch.setattr(module_file, name, lambda *a, **options: seen.append(op(*a, **options)) or seen[-1])
     x = torch.randn(40, 32)
     with torch.autocast("cpu", torch.bfloat16):
         y = m(x)
-    assert y.dtype == torch.bfloat16
-    assert any(t is m.values for t in seen)
+    assert (y.dtype, seen[0].dtype) == (torch.bfloat16, torch.float32)
     assert far(y, m(x)) < 0.05
     y.sum().backward()
     assert m.values.grad.dtype == m.keys.grad.dtype == torch.float32
@@ -409,7 +408,7 @@ def test_lm2_compiles(topk):
     m = lm2(6, 4, 2, topk=topk)
     compiled = torch.compile(m, fullgraph=True, dynamic=True, backend="aot_eager")
     M = None
-    for B, N in ((2, 4), (3, 5), (2, 9)):
+    for B, N in ((3, 5), (2, 9)):
         x = torch.randn(B, N, 6, dtype=torch.float64)
         M = None if M is None else torch.randn(B, 4, 6, dtype=torch.float64)
         got, want = compiled(x, M), m(x, M)
@@ -433,7 +432,7 @@ def test_lm2_in_half_precision_and_under_autocast(dtype, topk):
     assert [t.dtype for t in half] == [dtype] * 2
     for got in (cast, half):
         for g, w in zip(got, want):
-            assert (g - w).norm() < 0.1 * w.norm()
+            assert far(g, w) < 0.05
 
 
 def test_lm2_copies_and_loading():

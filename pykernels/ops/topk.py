@@ -312,6 +312,8 @@ def _workloads(dv=None):
             )
 
 
+_MANY = 260 if INTERPRET else 900  # keys: the interpreter takes milliseconds for each block of them
+
 _BACKENDS = {
     "search": {"cpu": lambda *_: None, "triton": lambda query, keys, k, scale: triton_search_declines(query, k)},
     "memory": {"cpu": lambda *_: None, "triton": lambda query, keys, values, k, s: triton_search_declines(query, k)},
@@ -329,15 +331,17 @@ topk_search = register(
         Sample("all keys", _inputs(13, 4, (3,), 13)),
         Sample("odd sizes, scaled", _inputs(131, 13, (3, 5), 9, scale=-0.3)),
         Sample("heads", _inputs(50, 12, (2, 3), 7, heads=3)),
-        Sample("ties", _inputs(1500, 6, (9,), 33, draw="grid")),
-        Sample("ties, heads, many queries", _inputs(700, 5, (70,), 17, heads=2, draw="grid")),
-        Sample("ties, all equal", _inputs(900, 8, (4,), 40, draw="equal")),
-        Sample("every key better than those before, then ties", _inputs(700, 9, (3,), 21, draw="rising")),
+        Sample("ties", _inputs(260 if INTERPRET else 1500, 6, (3 if INTERPRET else 9,), 33, draw="grid")),
+        Sample("ties, heads, many queries", _inputs(_MANY, 5, (18 if INTERPRET else 70,), 17, heads=2, draw="grid")),
+        Sample("ties, all equal", _inputs(_MANY, 8, (4,), 40, draw="equal")),
+        Sample("every key better than those before, then ties", _inputs(_MANY, 9, (3,), 21, draw="rising")),
         Sample("deep", _inputs(90, 200, (20,), 8)),
         Sample("deep, nine queries", _inputs(60, 300, (9,), 8)),
-        Sample("large k, ties", _inputs(400 if INTERPRET else 3000, 4, (2,), 300 if INTERPRET else 2048, draw="grid")),
-        Sample("many keys, one query", _inputs(500 if INTERPRET else 20000, 16, (1,), 32)),
-        Sample("many keys", _inputs(500 if INTERPRET else 9000, 16, (33,), 10)),
+        Sample(
+            "large k, ties", _inputs(_MANY if INTERPRET else 3000, 4, (2,), 150 if INTERPRET else 2048, draw="grid")
+        ),
+        Sample("many keys, one query", _inputs(_MANY if INTERPRET else 20000, 16, (1,), 32)),
+        Sample("many keys", _inputs(_MANY if INTERPRET else 9000, 16, (17 if INTERPRET else 33,), 10)),
         Sample("no queries", _inputs(9, 4, (0,), 3)),
     ],
     workloads=_workloads(),
@@ -355,7 +359,7 @@ topk_memory = register(
         Sample("one query", _inputs(120, 7, (), 5, dv=11, scale=0.4)),
         Sample("heads", _inputs(30, 12, (2, 3), 7, dv=9, heads=3)),
         Sample("heads that share values", _inputs(30, 12, (4,), 7, dv=9, heads=2, share=True)),
-        Sample("ties", _inputs(900, 6, (9,), 33, dv=20, draw="grid")),
+        Sample("ties", _inputs(_MANY, 6, (3 if INTERPRET else 9,), 33, dv=20, draw="grid")),
         Sample("no queries", _inputs(9, 4, (0,), 3, dv=5)),
     ],
     workloads=_workloads(dv=256),

@@ -19,6 +19,7 @@ from ..checks import can_read, expect, expect_alike, expect_device, expect_tenso
 from ..registry import (
     CPU,
     FLOATS,
+    INTERPRET,
     REFERENCE,
     Sample,
     Workload,
@@ -177,9 +178,8 @@ def _triton_backward(grad, values, indices, weights, for_values, for_weights, ba
     grad, indices, weights = grad.contiguous(), indices.contiguous(), weights.contiguous()
     grad_values, grad_weights = _gradients(grad, values, indices, weights, for_values, for_weights, backend)
     if for_values:
-        flat = indices.transpose(0, 1).flatten(1)  # [G, N·k]
-        rows, order = flat.sort(stable=True)
-        kernels.sum_rows(grad, weights, rows, order, grad_values.zero_())
+        hits = _sorted_hits(indices, values.size(1))
+        kernels.sum_rows(grad.flatten(0, 1), weights.flatten(0, 1), *hits, grad_values.zero_().flatten(0, 1))
     if for_weights:
         kernels.dot_rows(grad, _rows_contiguous(values), indices, grad_weights)
     return grad_values, grad_weights
@@ -188,11 +188,26 @@ def _triton_backward(grad, values, indices, weights, for_values, for_weights, ba
 def _triton_rows(grad, indices, weights, table_rows, backend):
     from ..kernels import weighted_gather as kernels
 
-    rows, order = indices.flatten().sort(stable=True)
-    used, place = rows.unique_consecutive(return_inverse=True)
-    sums = grad.new_empty(1, used.size(0), grad.size(2))
-    kernels.sum_rows(grad.contiguous(), weights.contiguous(), place[None], order[None], sums)
-    return used, sums[0]
+    rows, order = _sorted_hits(indices, table_rows)
+    inside = rows < table_rows
+    used, place = rows[inside].unique_consecutive(return_inverse=True)
+    sums = grad.new_empty(used.size(0), grad.size(2))
+    grad, weights = grad.flatten(0, 1).contiguous(), weights.flatten(0, 1).contiguous()
+    kernels.sum_rows(grad, weights, place.to(order.dtype), order[inside], sums)
+    return used.long(), sums
+
+
+def _sorted_hits(indices: Tensor, M: int) -> tuple[Tensor, Tensor]:
+    """(rows of all tables, one after the other, ascending, the flat positions of their indices, ascending in a row).
+
+    Indices out of range come last, as row G·M. In 32 bits where these are enough: half the passes of a radix sort.
+    """
+    G = indices.size(1)
+    tables = torch.arange(G, device=indices.device)[:, None]
+    rows = torch.where((indices >= 0) & (indices < M), tables * M + indices, G * M).flatten()
+    dtype = torch.int32 if max(G * M, rows.numel()) < 2**31 - 64 else torch.int64  # a lot's last hit may not be there
+    rows, order = rows.to(dtype).sort(stable=True)
+    return rows, order.to(dtype)
 
 
 def _rows_contiguous(values: Tensor) -> Tensor:
@@ -326,9 +341,9 @@ weighted_gather = register(
         Sample("repeated rows", _inputs(9, 5, (7, 12), hot=True)),
         Sample("odd sizes, two batch dimensions", _inputs(37, 19, (3, 2, 5))),
         Sample("wide rows", _inputs(70, 259, (5, 9), hot=True)),
-        Sample("rows of 1024", _inputs(40, 1024, (3, 33))),
+        Sample("rows of 1024", _inputs(10 if INTERPRET else 40, 1024, (2, 5 if INTERPRET else 33))),
         Sample("one bag of many", _inputs(200, 24, (1, 300), hot=True)),
-        Sample("many bags", _inputs(1000, 40, (130, 16), hot=True)),
+        Sample("many bags", _inputs(100 if INTERPRET else 1000, 24, (12 if INTERPRET else 130, 16), hot=True)),
         Sample("weights in fp32, indices in int32", _inputs(50, 16, (8, 8), exact_weights=True, index=torch.int32)),
         Sample("no bags", _inputs(5, 8, (0, 4))),
         Sample("empty bags", _inputs(5, 8, (3, 0))),
