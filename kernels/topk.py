@@ -135,27 +135,22 @@ def join(best_s, best_j, s, j, up):
 
 # ---- loads and stores ------------------------------------------------------------------------------------------------
 # In memory a block of pairs is its scores and, SIZE elements on, their indices, bit by bit in the scores' dtype: the
-# second address is a constant away from the first. The index of no key marks an empty place, whatever its score.
+# second address is a constant away from the first.
 
 @triton.jit
-def _load_pairs(ptr, places, SIZE: tl.constexpr, mask=None):
-    score, j = tl.load(ptr + places, mask=mask), tl.load(ptr + places + SIZE, mask=mask)
-    _, none = nothing(1, 1, score.dtype)
-    j = j.to(none.dtype, bitcast=True)
-    if mask is not None:
-        j = tl.where(mask, j, none)
-    return tl.where(j == none, -1 - none, order(score)), j
-
-
-@triton.jit
-def _store_indices(ptr, places, j, SIZE: tl.constexpr, mask=None):
-    tl.store(ptr + places + SIZE, j.to(ptr.dtype.element_ty, bitcast=True), mask=mask)
+def _load_pairs(ptr, places, inside, SIZE: tl.constexpr):
+    """Nothing where not inside, though there is memory: a mask would make narrow loads"""
+    score = tl.load(ptr + places)
+    none_s, none_j = nothing(1, 1, score.dtype)
+    j = tl.load(ptr + places + SIZE).to(none_j.dtype, bitcast=True)
+    j = tl.where(inside, j, none_j)
+    return tl.where(j == none_j, none_s, order(score)), j  # nothing was stored with the score NaN
 
 
 @triton.jit
-def _clear(ptr, places, SIZE: tl.constexpr):
-    _, none = nothing(1, 1, ptr.dtype.element_ty)
-    _store_indices(ptr, places, tl.broadcast_to(none, places.shape), SIZE)
+def _store_pairs(ptr, places, score, j, SIZE: tl.constexpr, mask=None):
+    tl.store(ptr + places, score, mask=mask)
+    tl.store(ptr + places + SIZE, j.to(score.dtype, bitcast=True), mask=mask)
 
 
 @triton.jit
@@ -180,24 +175,24 @@ def _products(q, keys, acc):
 
 
 @triton.jit
-def _flush(list_ptr, found_ptr, valid, most, up, BLOCK_M: tl.constexpr, K: tl.constexpr, CAPACITY: tl.constexpr,
-           CHUNK: tl.constexpr, ROWS: tl.constexpr):
-    """Joins the first `valid` rows of the buffer, none of which has more than `most` pairs, with the lists and empties
-    them. Lists are descending; up: 1 leaves them ascending."""
+def _flush(list_ptr, found_ptr, counts_ptr, valid, most, old, up, BLOCK_M: tl.constexpr, K: tl.constexpr,
+           CAPACITY: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """Joins the first `valid` rows of the buffer, none of which has more than `most` pairs, with the lists, if these
+    are `old`. Lists are descending; up: 1 leaves them ascending."""
     tl.debug_barrier()  # what is loaded here other threads have stored
     for first in range(0, valid, ROWS):
         rows = first + tl.arange(0, ROWS)[:, None]
         places = rows * K + tl.arange(0, K)[None, :]
-        s, j = _load_pairs(list_ptr, places, BLOCK_M * K)  # [ROWS, K]
+        s, j = _load_pairs(list_ptr, places, old, BLOCK_M * K)  # [ROWS, K]
+        count = tl.load(counts_ptr + rows).to(tl.int32)  # [ROWS, 1]
         for start in range(0, tl.maximum(most, 1), CHUNK):
-            spots = rows * CAPACITY + (start + tl.arange(0, CHUNK)[None, :])
-            new_s, new_j = _load_pairs(found_ptr, spots, BLOCK_M * CAPACITY)  # [ROWS, CHUNK]
-            _clear(found_ptr, spots, BLOCK_M * CAPACITY)
-            new_s, new_j = sort_runs(new_s, new_j, K)
+            place = start + tl.arange(0, CHUNK)[None, :]
+            new_s, new_j = _load_pairs(found_ptr, rows * CAPACITY + place, place < count, BLOCK_M * CAPACITY)
+            new_s, new_j = sort_runs(new_s, new_j, K)  # [ROWS, CHUNK]
             s, j = join(s, j, new_s, new_j, (start + CHUNK >= most).to(tl.int32) * up)
-        tl.store(list_ptr + places, score_of(s))
-        _store_indices(list_ptr, places, j, BLOCK_M * K)
-    tl.debug_barrier()  # what was cleared here other threads fill
+        tl.debug_barrier()  # all have loaded the lists
+        _store_pairs(list_ptr, places, score_of(s), j, BLOCK_M * K)
+    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["N", "M", "share", "blocks"])
@@ -205,9 +200,10 @@ def _search(
         query_ptr, keys_ptr, lists_ptr, buffers_ptr, query_strides, keys_strides, scale, N, H, M, share, blocks, k,
         D: tl.constexpr, BLOCK_D: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
         ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):
-    """lists: pairs [splits, H, blocks][BLOCK_M, K]; buffers: pairs [splits, H, blocks][BLOCK_M, CHUNK + GROUP]; a split
-    has `share` keys. A row of the buffer that holds CHUNK pairs is sorted; GROUP keys more always fit. GROUP is a
-    multiple of CHUNK. Sorting takes ROWS rows and CHUNK pairs of each at a time."""
+    """For each program [splits, H, blocks] lists has pairs [BLOCK_M, K] and buffers pairs [BLOCK_M, CHUNK + GROUP] and
+    the numbers of those [BLOCK_M], padded to 16. A split has `share` keys. If a row of the buffer holds CHUNK pairs,
+    buffers are sorted: GROUP keys more always fit. GROUP is a multiple of CHUNK. Sorting takes ROWS rows and CHUNK
+    pairs of each at a time."""
     ACC: tl.constexpr = lists_ptr.dtype.element_ty
     CAPACITY: tl.constexpr = CHUNK + GROUP
     pid = tl.program_id(0)
@@ -221,16 +217,14 @@ def _search(
     query_rows = query_ptr + h * query_strides[1] + n.to(tl.int64) * query_strides[0]
     keys_ptr += h * keys_strides[0]
     list_ptr = lists_ptr + pid.to(tl.int64) * (2 * BLOCK_M * K)
-    found_ptr = buffers_ptr + pid.to(tl.int64) * (2 * BLOCK_M * CAPACITY)
-    _clear(list_ptr, own[:, None] * K + tl.arange(0, K)[None, :], BLOCK_M * K)
-    for first in range(0, CAPACITY, CHUNK):
-        _clear(found_ptr, own[:, None] * CAPACITY + (first + tl.arange(0, CHUNK)[None, :]), BLOCK_M * CAPACITY)
-    tl.debug_barrier()
+    found_ptr = buffers_ptr + pid.to(tl.int64) * (2 * BLOCK_M * CAPACITY + max(BLOCK_M, 16))
+    counts_ptr = found_ptr + 2 * BLOCK_M * CAPACITY
 
     if D <= BLOCK_D:
         q = _load_part(query_rows, 0, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     count = tl.zeros((BLOCK_M,), tl.int32)
     bar = tl.full((BLOCK_M,), float("nan"), ACC)  # nothing is below it
+    old = start < 0
     length = start * 0 + CHUNK
     while start < end:
         stop = tl.minimum(start + length, end)
@@ -248,10 +242,8 @@ def _search(
             passes = ((s <= bar[:, None]) == 0) & (j < stop)[None, :]  # NaN on either side passes
             if tl.max(passes.to(tl.int32)) > 0:
                 spots = own[:, None] * CAPACITY + (count[:, None] + tl.cumsum(passes.to(tl.int32), 1) - 1)
-                tl.store(found_ptr + spots, s, mask=passes)
-                _, none = nothing(1, 1, ACC)
-                wide = tl.broadcast_to(j.to(none.dtype)[None, :], s.shape)
-                _store_indices(found_ptr, spots, wide, BLOCK_M * CAPACITY, passes)
+                wide = tl.broadcast_to(j.to(nothing(1, 1, ACC)[1].dtype)[None, :], s.shape)
+                _store_pairs(found_ptr, spots, s, wide, BLOCK_M * CAPACITY, passes)
                 count += tl.sum(passes.to(tl.int32), 1)
         # Groups double, as long as they may: on random keys each lets pass about 0.7 k a query.
         length = tl.minimum(2 * length, GROUP)
@@ -260,9 +252,11 @@ def _search(
         if (most >= CHUNK) | (start >= end):
             # The last time even splits leave their lists ascending, odd ones descending: runs as `join` takes them.
             up = (start >= end).to(tl.int32) * (1 - split % 2)
-            _flush(list_ptr, found_ptr, valid, most, up, BLOCK_M, K, CAPACITY, CHUNK, ROWS)
+            tl.store(counts_ptr + own, count.to(ACC))
+            _flush(list_ptr, found_ptr, counts_ptr, valid, most, old, up, BLOCK_M, K, CAPACITY, CHUNK, ROWS)
             count = tl.zeros_like(count)
-            bar = tl.load(list_ptr + own * K + (k - 1))  # of a place that is empty still: NaN
+            bar = tl.load(list_ptr + tl.minimum(own, valid - 1) * K + (k - 1))  # of a place that is empty still: NaN
+            old = start > 0
 
 
 @triton.jit(do_not_specialize=["N", "splits", "blocks"])
@@ -278,9 +272,10 @@ def _merge(
     run = place // K
     s, j = nothing(ROWS, K, ACC)
     for first in range(0, splits, WIDTH // K):
-        block = ((first + run).to(tl.int64) * H + h) * blocks + n // BLOCK_M  # [ROWS, WIDTH]
+        split = tl.minimum(first + run, splits - 1).to(tl.int64)
+        block = (split * H + h) * blocks + n // BLOCK_M  # [ROWS, WIDTH]
         at = (block * (2 * BLOCK_M) + n % BLOCK_M) * K + place % K
-        new_s, new_j = _load_pairs(lists_ptr, at, BLOCK_M * K, first + run < splits)
+        new_s, new_j = _load_pairs(lists_ptr, at, first + run < splits, BLOCK_M * K)
         s, j = join(s, j, new_s, new_j, 0)
     place = tl.arange(0, K)[None, :]
     tl.store(scores_ptr + out * k + place, score_of(s), mask=place < k)
@@ -292,6 +287,7 @@ def _merge(
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 
 WIDEST = 4096  # pairs that a merge holds in registers
+AT_ONCE = 48 if INTERPRETED else 16384  # queries, times heads, of a launch: they take 5 KB of scratch memory each
 
 # Multiprocessors of the usual part of each target, which decide how far the keys are split.
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
@@ -313,20 +309,23 @@ def _plan(N, H, M, D, k, size):
         chunk, group, pairs, warps, stages = 32, 128, 64 * 32, 4, 1
     elif N == 1:  # products stay in registers, and wide loads go there at once
         block_m, block_n, block_d = 1, 64, 256
-        chunk, group, pairs, warps, stages = 512, 1024, 512, 4, 1
+        chunk, group, pairs, warps, stages = 256, 1024, 256, 4, 1
     else:
         block_m = max(16, min(triton.next_power_of_2(N), 64 if size == 2 and K <= 64 else 32))
         block_n, block_d = 64, 256 if size == 2 else 128
         warps = 8 if block_m == 64 else 4
-        chunk, group, pairs, stages = 128, 1024, 256 * warps, 3
+        chunk, group, pairs, stages = 128, 512, 128 * warps, 3 if size == 2 else 2
     chunk = max(chunk, K)
     block_d = max(16, min(triton.next_power_of_2(D), block_d))
     programs = H * triton.cdiv(N, block_m)
     wanted = triton.cdiv(2 * MULTIPROCESSORS.get(_target(), 4), programs)
-    splits = max(1, min(wanted, M // max(64 if INTERPRETED else 512, 4 * K)))  # each reports K, whatever its share
+    shortest = max(32, K) if INTERPRETED else max(512, 4 * K)  # a split reports K candidates, whatever its share
+    splits = max(1, min(wanted, M // shortest))
     options = {"D": D, "BLOCK_D": block_d, "K": K, "GROUP": max(group, chunk), "CHUNK": chunk,
                "ROWS": min(block_m, max(1, pairs // chunk)), "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages,
                "num_warps": warps}
+    if _target().startswith("sm_"):  # without a limit ptxas finds one that it likes better and spills to meet it
+        options["maxnreg"] = 128 if N == 1 else 248
     return splits, options
 
 
@@ -340,19 +339,26 @@ def search(query, keys, scale, scores, indices):
 
     query: [N, H, d] and keys: [H, M, d], of any strides but 1 in the last dimension; k ≤ M, d ≥ 1, M below 2³¹ − 4096.
     """
+    N, H, _ = scores.shape
+    most = max(1, AT_ONCE // max(H, 1))
+    for first in range(0, N if H else 0, most):
+        some = slice(first, first + most)
+        _search_some(query[some], keys, scale, scores[some], indices[some])
+
+
+def _search_some(query, keys, scale, scores, indices):
     N, H, k = scores.shape
     M, D = keys.shape[1:]
-    if not N * H:
-        return
     splits, options = _plan(N, H, M, D, k, query.dtype.itemsize)
-    K, blocks = options["K"], triton.cdiv(N, options["BLOCK_M"])
+    K, block_m, capacity = options["K"], options["BLOCK_M"], options["CHUNK"] + options["GROUP"]
     share = triton.cdiv(triton.cdiv(M, splits), options["BLOCK_N"]) * options["BLOCK_N"]
-    splits = triton.cdiv(M, share)
-    pairs = splits * H * blocks * options["BLOCK_M"]
-    lists, buffers = (scores.new_empty(2 * pairs * width) for width in (K, options["CHUNK"] + options["GROUP"]))
-    _search[(splits * H * blocks,)](
+    splits, blocks = triton.cdiv(M, share), triton.cdiv(N, block_m)
+    programs = splits * H * blocks
+    lists = scores.new_empty(programs * 2 * block_m * K)
+    buffers = scores.new_empty(programs * (2 * block_m * capacity + max(block_m, 16)))
+    _search[(programs,)](
         query, keys, lists, buffers, query.stride()[:2], keys.stride()[:2], scale, N, H, M, share, blocks, k, **options)
     width = min(K * triton.next_power_of_2(splits), max(K, WIDEST))
-    rows, merging = rows_of(width)
+    rows, options = rows_of(width)
     _merge[(triton.cdiv(N * H, rows),)](
-        lists, scores, indices, N, H, blocks, splits, k, options["BLOCK_M"], K, width, rows, **merging)
+        lists, scores, indices, N, H, blocks, splits, k, block_m, K, width, rows, **options)

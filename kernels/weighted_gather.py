@@ -117,12 +117,12 @@ def _sum_hits(
             out = rows[s].to(tl.int64) * dv + c
             exists = (rows[s] >= 0) & (rows[s] < M)
             tl.store(out_ptr + out, acc.to(out_ptr.dtype.element_ty), mask=inside & (ends & exists & (begun == 0)))
-            cut = tl.where(ends & begun, acc, cut)
+            cut = tl.where(begun, acc, cut)
             acc = tl.where(ends, 0.0, acc)
             begun = begun & (ends == 0)
         row = rows[STEPS]
     if goes_on:
-        tl.store(cut_ptr + lot.to(tl.int64) * 2 * dv + c, tl.where(begun, acc, cut), mask=inside)
+        tl.store(cut_ptr + lot.to(tl.int64) * 2 * dv + c, cut, mask=inside)
     tl.store(cut_ptr + (lot.to(tl.int64) * 2 + 1) * dv + c, acc, mask=inside)
 
 

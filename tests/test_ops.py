@@ -24,13 +24,14 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=f"{BACKEND}: {REASON}"), pytest.mark.triton]
 
 
-def over(dtypes=DTYPES, samples=lambda op: op.samples):
+def over(dtypes=DTYPES, samples=lambda op: op.samples, thin=1):
+    """thin: the interpreter, which takes seconds a sample, has every so manyth of them alone in fp64 and fp16."""
     cases = [
         pytest.param(op, dtype, sample, id=f"{op.name}-{name}-{sample.label}")
         for op in OPS.values()
         for name, dtype in DTYPES.items()
         if name in dtypes and dtype in op.dtypes and not (INTERPRET and name == "bf16")
-        for sample in samples(op)
+        for sample in samples(op)[:: thin if INTERPRET and name != "fp32" else 1]
     ]
     return pytest.mark.parametrize(("op", "dtype", "sample"), cases)
 
@@ -58,7 +59,7 @@ def compare_or_skip(*args):
         pytest.skip(str(declined))
 
 
-@over()
+@over(thin=3)
 def test_values_and_gradients(op, dtype, sample):
     holds(compare_or_skip(op, sample, dtype, "cpu", BACKEND))
 
