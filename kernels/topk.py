@@ -28,11 +28,14 @@ def _log2(n):
 
 @triton.jit
 def order(score):
-    """Floats -> integers of the same width in the order of the search, none of them the lowest: −0 is 0, NaN the top"""
+    """Floats -> integers of the same width in the order of the search, none of them the lowest: −0 is 0, NaN the top.
+    In integers alone, since what was not stored may be a signalling NaN"""
     BITS: tl.constexpr = score.dtype.primitive_bitwidth
     TOP: tl.constexpr = 2**(BITS - 1) - 1
-    bits = (score + 0.0).to(tl.int64 if BITS == 64 else tl.int32, bitcast=True)
-    return tl.where(score != score, TOP, bits ^ ((bits >> (BITS - 1)) & TOP))
+    INFINITY: tl.constexpr = 0x7FF << 52 if BITS == 64 else 0xFF << 23
+    bits = score.to(tl.int64 if BITS == 64 else tl.int32, bitcast=True)
+    s = bits ^ ((bits >> (BITS - 1)) & TOP)
+    return tl.where((bits & TOP) > INFINITY, TOP, tl.where(s == -1, 0, s))  # −1 is −0's
 
 
 @triton.jit
@@ -287,7 +290,7 @@ def _merge(
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 
 WIDEST = 4096  # pairs that a merge holds in registers
-AT_ONCE = 48 if INTERPRETED else 16384  # queries, times heads, of a launch: they take 5 KB of scratch memory each
+AT_ONCE = 2**15 if INTERPRETED else 2**24  # pairs of scratch memory that a launch has for its queries
 
 # Multiprocessors of the usual part of each target, which decide how far the keys are split.
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
@@ -325,7 +328,7 @@ def _plan(N, H, M, D, k, size):
                "ROWS": min(block_m, max(1, pairs // chunk)), "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages,
                "num_warps": warps}
     if _target().startswith("sm_"):  # without a limit ptxas finds one that it likes better and spills to meet it
-        options["maxnreg"] = 128 if N == 1 else 248
+        options["maxnreg"] = 128 if N == 1 and K <= 256 else 248
     return splits, options
 
 
@@ -339,9 +342,11 @@ def search(query, keys, scale, scores, indices):
 
     query: [N, H, d] and keys: [H, M, d], of any strides but 1 in the last dimension; k ≤ M, d ≥ 1, M below 2³¹ − 4096.
     """
-    N, H, _ = scores.shape
-    most = max(1, AT_ONCE // max(H, 1))
-    for first in range(0, N if H else 0, most):
+    N, H, k = scores.shape
+    if not N * H:
+        return
+    most = max(1, AT_ONCE // (H * (640 + 3 * k)))
+    for first in range(0, N, most):
         some = slice(first, first + most)
         _search_some(query[some], keys, scale, scores[some], indices[some])
 

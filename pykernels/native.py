@@ -1,7 +1,8 @@
-"""The compiled CPU kernels: one shared library per instruction-set level, of which this machine loads the best.
+"""The compiled kernels: shared libraries of which this machine loads what it can run.
 
-`pykernels._C` is a tiny module that knows the processor; `_C_<level>` holds every kernel compiled for that level
-against torch's stable ABI and registers them under torch.ops.pykernels when it is loaded.
+`pykernels._C` is a tiny module that knows the processor; `_C_<level>` holds every CPU kernel compiled for that
+instruction-set level and registers them under torch.ops.pykernels when it is loaded. `_cuda` holds the CUDA kernels,
+as entries under torch.ops.pykernels_cuda that write into tensors made here; it is loaded where torch sees a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import warnings
 import torch
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")  # ascending; Arm has its NEON in the baseline
+HERE = pathlib.Path(__file__).parent
 
 
 @functools.cache
@@ -23,15 +25,14 @@ def load() -> tuple[str | None, str | None]:
         supported = importlib.import_module("pykernels._C").cpu_level()
     except ImportError as error:
         return None, f"the CPU kernels were not built (no C++ compiler at install?): {error}"
-    here = pathlib.Path(__file__).parent
     for level in LEVELS[LEVELS.index(supported) :: -1]:
-        for library in here.glob(f"_C_{level}.abi3.*"):
+        for library in HERE.glob(f"_C_{level}.abi3.*"):
             try:
                 torch.ops.load_library(str(library))
             except OSError as error:
                 return None, f"{library.name} does not load: {error}"
             return level, None
-    return None, f"no library for {supported} or below beside {here.name}/native.py"
+    return None, f"no library for {supported} or below beside {HERE.name}/native.py"
 
 
 def level() -> str | None:
@@ -46,3 +47,43 @@ def missing() -> str | None:
     if reason:
         warnings.warn(f"pykernels: {reason}. CPU tensors use the PyTorch reference, which is slow.", stacklevel=2)
     return reason
+
+
+# ------------------------------------------------------------------------------------------------ CUDA
+
+
+def cuda_on_host() -> bool:
+    """Whether the CUDA kernels were compiled for the CPU and loaded before this package, as its tests do."""
+    names = torch._C._dispatch_get_all_op_names()
+    return any(n.startswith("pykernels_cuda::") and torch._C._dispatch_has_kernel_for_dispatch_key(n, "CPU") for n in names)
+
+
+def cuda_library() -> pathlib.Path | None:
+    """The library of CUDA kernels, if it was built."""
+    return next(HERE.glob("_cuda.abi3.*"), None)
+
+
+@functools.cache
+def cuda_missing(device_type: str) -> str | None:
+    """Why the CUDA kernels cannot run on tensors of that device type, or None. Loads them if they can."""
+    if device_type == "cpu":
+        return None if cuda_on_host() else "it runs on CUDA tensors"
+    library = cuda_library()
+    if library is None:
+        return "the CUDA kernels were not built (no nvcc at install)"
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "torch sees no NVIDIA GPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library.name} does not load: {error}"
+    return None
+
+
+def cuda(entry: str, *arguments) -> None:
+    """Call torch.ops.pykernels_cuda.<entry>(*arguments, stream) on the current stream of the first tensor's device."""
+    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    getattr(torch.ops.pykernels_cuda, entry)(*arguments, stream)

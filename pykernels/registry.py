@@ -24,6 +24,7 @@ BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")  # a backend's id, as 
 AUTO, REFERENCE, CPU, TRITON, CUDA = range(5)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: its kernels then run on CPU tensors
+ON_HOST = native.cuda_on_host()  # so do the CUDA kernels, compiled for the CPU
 
 Inputs = dict[str, Any]  # the public function's arguments by name
 P = ParamSpec("P")
@@ -200,7 +201,7 @@ def _unavailable(backend: int, device_type: str) -> str | None:
         if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
             return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
         return None
-    return "this build has no CUDA kernels"
+    return native.cuda_missing(device_type)
 
 
 def decline(name: str, backend: int, device_type: str, arguments: tuple) -> str | None:
@@ -260,25 +261,24 @@ def torch_op(
     torch.library.register_fake(qualified, fake, lib=_library)
     IMPLEMENTATIONS[name] = implementations
 
-    def run(*args):
-        backend = args[-1]
-        named = BACKENDS[backend] if backend in (TRITON, CUDA) else next(iter(implementations))
-        return implementations[named](*args)
+    def run(*args):  # an op whose backward has no CUDA kernel, or only where it is not faster, goes on in Triton
+        named = BACKENDS[args[-1]]
+        return implementations[named if named in implementations else "triton"](*args)
 
     if implementations:
         _library.impl(name, run, "CUDA")
-        if INTERPRET:
+        if INTERPRET or ON_HOST:
             _share_cpu_key(name, run)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.pykernels, name).default
 
 
 def _share_cpu_key(name: str, run: Callable) -> None:
-    """Under Triton's interpreter, CPU tensors go to the Python implementations or to the native kernel as asked."""
+    """Where GPU kernels run on CPU tensors, these go to the Python implementations or to the native kernel as asked."""
     kernel = None if native.missing() else torch.library.get_kernel(f"pykernels::{name}", "CPU")
 
     def share(keyset, *args):
-        return run(*args) if args[-1] == TRITON or kernel is None else kernel.call_boxed(keyset, *args)
+        return run(*args) if args[-1] in (TRITON, CUDA) or kernel is None else kernel.call_boxed(keyset, *args)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*verrid", category=UserWarning)  # it is meant
