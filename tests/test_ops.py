@@ -38,7 +38,7 @@ def over(dtypes=DTYPES, samples=lambda op: op.samples, thin=1):
 
 def small(op):
     """Samples that finite differences can afford: every option, few numbers."""
-    return [s for s in op.samples if size(s) <= (1500 if INTERPRET else 6000)][:: 3 if INTERPRET else 1]
+    return [s for s in op.samples if size(s) <= (800 if INTERPRET else 6000)][:: 2 if INTERPRET else 1]
 
 
 def size(sample):
