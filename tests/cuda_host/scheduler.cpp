@@ -89,7 +89,8 @@ std::string site(const char* operation, const Here& here) {
 std::string name_of(const void* function) {
 #if defined(__SANITIZE_ADDRESS__)
   char text[1024] = "";
-  __sanitizer_symbolize_pc(const_cast<void*>(function), "%f", text, sizeof text);
+  void* inside = static_cast<char*>(const_cast<void*>(function)) + 1;  // it looks at what is before a return address
+  __sanitizer_symbolize_pc(inside, "%f", text, sizeof text);
   if (text[0] && text[0] != '(') return text;
 #endif
   Dl_info info;
