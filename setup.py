@@ -130,11 +130,12 @@ class Build(build_ext):
             for option in ("--version", "--list-gpu-arch")
         )
         targets = targets_of(self.cuda_archs, {int(number) for number in re.findall(r"compute_(\d+)", known)})
+        codes = [f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in targets]
         files = min(self.parallel, len(extension.sources))
         command = [
             nvcc,
             *extension.extra_compile_args,
-            *(f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in targets),
+            *codes,
             f"--threads={max(1, self.parallel // files)}",
             *(f"-D{name}={value}" for name, value in extension.define_macros),
             *(f"-I{path}" for path in extension.include_dirs),
@@ -160,7 +161,7 @@ class Build(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         where = [f"-L{path}" for path in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
         hidden = "-Xlinker=--exclude-libs,ALL"  # the CUDA runtime is linked in, and is not anyone else's
-        subprocess.run([nvcc, "-shared", *objects, *where, hidden, "-o", library], check=True)
+        subprocess.run([nvcc, "-shared", *codes, *objects, *where, hidden, "-o", library], check=True)
 
 
 def targets_of(archs: list[str], known: set[int]) -> list[str]:
