@@ -22,14 +22,12 @@
 // warps read operands 16 bytes a lane, 12 loads for 32 products of 16×8×16, since the products' inner index may be
 // permuted: a lane's 16 bytes of a row are the slots that it holds of two products.
 
-#include "device.h"
 #include "mma.h"
+#include "rows.h"
 
 namespace {
 
 constexpr int LARGEST_LIST = 256;  // k, for which lists are kept
-
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- entries ---------------------------------------------------------------------------------------------------------
 
@@ -115,7 +113,7 @@ __device__ void join_list(Entry* list, int k, const Entry* other) {
   }
 }
 
-// ---- rows of numbers -------------------------------------------------------------------------------------------------
+// ---- arguments -------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct Problem {
@@ -131,34 +129,12 @@ struct Problem {
   int64_t ld;
 };
 
-template <class T>
-constexpr int PART_NUMBERS = 16 / sizeof(T);  // of 16 bytes, in which rows are read
-
-template <class T>
-struct Numbers {
-  T at[PART_NUMBERS<T>];
-};
-
-// 16 bytes of a row of d numbers, from a column on; zeros beyond d. ALIGNED: d and the row's address allow wide loads.
-template <bool ALIGNED, class T>
-__device__ inline uint4 load_part(const T* row, int64_t column, int64_t d) {
-  if constexpr (ALIGNED) {
-    return column < d ? *reinterpret_cast<const uint4*>(row + column) : uint4{};
-  } else {
-    Numbers<T> part;
-#pragma unroll
-    for (int e = 0; e < PART_NUMBERS<T>; ++e) part.at[e] = column + e < d ? row[column + e] : T(0.f);
-    return std::bit_cast<uint4>(part);
-  }
-}
-
 // ---- few queries: every key is read once, by the lanes that need its numbers ----------------------------------------
 
 constexpr int FEW_WARPS = 8, FEW_LANES = 8, FEW_KEYS = 8;  // lanes to a key; keys that a lane reads at once
 constexpr int FEW_QUEUE = 64;                              // a pass of 32 keys always fits
 
-// Eight lanes read a key, 128 bytes at a time, and a lane eight keys side by side. Their sums cross the lanes so that each
-// lane ends with the scores of one key.
+// Eight lanes read a key, 128 bytes at a time, and a lane eight keys side by side, of one of which it ends with the scores.
 template <class T, int QUERIES, bool ALIGNED>
 __global__ void __launch_bounds__(32 * FEW_WARPS, 2) search_few(const Problem<T> p) {
   constexpr int E = PART_NUMBERS<T>;
@@ -198,7 +174,7 @@ __global__ void __launch_bounds__(32 * FEW_WARPS, 2) search_few(const Problem<T>
     const T* rows[FEW_KEYS];
 #pragma unroll
     for (int u = 0; u < FEW_KEYS; ++u) rows[u] = keys + min(first + 4 * u + group, end - 1) * p.keys_stride;
-    float sums[FEW_KEYS][QUERIES] = {};
+    float sums[QUERIES][FEW_KEYS] = {};
     for (int part = own; part < parts; part += FEW_LANES) {
       uint4 key[FEW_KEYS];
 #pragma unroll
@@ -217,25 +193,15 @@ __global__ void __launch_bounds__(32 * FEW_WARPS, 2) search_few(const Problem<T>
 #pragma unroll
           for (int q = 0; q < QUERIES; ++q) {
             const float4 y = query[q][e / 4];
-            sums[u][q] = fmaf(x, e % 4 == 0 ? y.x : e % 4 == 1 ? y.y : e % 4 == 2 ? y.z : y.w, sums[u][q]);
+            sums[q][u] = fmaf(x, e % 4 == 0 ? y.x : e % 4 == 1 ? y.y : e % 4 == 2 ? y.z : y.w, sums[q][u]);
           }
         }
       }
     }
-#pragma unroll
-    for (int step = FEW_LANES / 2; step > 0; step /= 2)  // half of the keys go to the other half of the lanes
-#pragma unroll
-      for (int u = 0; u < step; ++u)
-#pragma unroll
-        for (int q = 0; q < QUERIES; ++q) {
-          const bool upper = own & step;
-          const float stays = upper ? sums[u + step][q] : sums[u][q], goes = upper ? sums[u][q] : sums[u + step][q];
-          sums[u][q] = stays + __shfl_xor_sync(~0u, goes, step);
-        }
     const int64_t m = first + 4 * own + group;
 #pragma unroll
     for (int q = 0; q < QUERIES; ++q) {
-      const float score = p.scale * sums[0][q];
+      const float score = p.scale * sum_across(sums[q]);
       const bool passes = m < end && !(score <= bars[q]);
       const unsigned all = __ballot_sync(~0u, passes);
       if (all == 0) continue;
@@ -654,7 +620,8 @@ void check_search(const Tensor& query, const Tensor& keys) {
   check_size(keys, 0, query.size(1), "keys");
   check_size(keys, 2, query.size(2), "keys");
   STD_TORCH_CHECK(query.size(2) >= 1 && query.size(2) < int64_t(1) << 24, "query: expected 1 to 2^24 - 1 numbers a row");
-  STD_TORCH_CHECK(query.stride(2) == 1 && keys.stride(2) == 1, "query, keys: expected rows of neighbouring numbers");
+  STD_TORCH_CHECK(query.size(2) == 1 || (query.stride(2) == 1 && keys.stride(2) == 1),
+                  "query, keys: expected rows of neighbouring numbers");
   STD_TORCH_CHECK(keys.size(1) < int64_t(1) << 32, "keys: expected fewer than 2^32 rows, got ", keys.size(1));
 }
 
