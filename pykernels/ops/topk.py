@@ -127,7 +127,7 @@ def _splits(query: Tensor, keys: Tensor, k: int) -> int:
     if query.is_cuda:
         wanted, shortest = 2 * torch.cuda.get_device_properties(query.device).multi_processor_count, max(512, 4 * k)
     else:
-        wanted, shortest = 8, 128  # any are right: these meet more edges on small inputs
+        wanted, shortest = 5, 128  # any are right: these meet more edges on small inputs
     blocks = H * -(-N // (4 if N <= 4 else 16 if N <= 16 else 64))
     return max(1, min(-(-wanted // blocks), keys.size(1) // shortest))
 
