@@ -9,9 +9,10 @@ INSTALLED := .venv/installed
 bench: $(INSTALLED)  ## our ops against their peers on this machine: tables, JSON and plots in bench-results/
 	$(BIN)/python -m pykernels bench $(if $(FULL),,--quick) --json bench-results/bench.json --plot bench-results
 
-test: $(INSTALLED)  ## everything; the interpreter's and the compiler's tests in processes of their own
+test: $(INSTALLED)  ## everything; Triton's interpreter and CUDA kernels on the CPU in processes of their own
 	$(BIN)/python -m pytest tests -n 2
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_attention.py -n 2
+	$(BIN)/python tests/cuda_host/run.py tests/test_ops.py -n 2
 
 audit: $(INSTALLED)  ## compile every GPU kernel for every target and judge the result; needs no GPU
 	$(BIN)/python -m pykernels audit --json bench-results/audit.json
