@@ -55,7 +55,9 @@ def missing() -> str | None:
 def cuda_on_host() -> bool:
     """Whether the CUDA kernels were compiled for the CPU and loaded before this package, as its tests do."""
     names = torch._C._dispatch_get_all_op_names()
-    return any(n.startswith("pykernels_cuda::") and torch._C._dispatch_has_kernel_for_dispatch_key(n, "CPU") for n in names)
+    return any(
+        n.startswith("pykernels_cuda::") and torch._C._dispatch_has_kernel_for_dispatch_key(n, "CPU") for n in names
+    )
 
 
 def cuda_library() -> pathlib.Path | None:

@@ -11,6 +11,15 @@ if host.MODE and build.missing() is None:
 
 from pykernels.registry import INTERPRET
 
+if INTERPRET:
+    # Each call of a device function makes Triton's language the interpreter's anew, which takes more than half of the
+    # time: here it is done once a module, for good.
+    from triton.runtime import interpreter
+
+    patched, patch = {}, interpreter._patch_lang
+    interpreter._patch_lang = lambda fn: patched.get(fn.__module__) or patched.setdefault(fn.__module__, patch(fn))
+    interpreter._LangPatchScope.restore = lambda scope: None
+
 torch.set_num_threads(2)  # how work is split depends on it, and the samples' sizes reach each way with two
 
 
