@@ -103,10 +103,7 @@ class Build(build_ext):
         *build_ext.user_options,
         ("cuda-archs=", None, f"what nvcc compiles for, as far as it can (default: {CUDA_ARCHS})"),
     ]
-
-    def initialize_options(self):
-        super().initialize_options()
-        self.cuda_archs = CUDA_ARCHS
+    cuda_archs = CUDA_ARCHS  # not set by initialize_options: an editable install calls that after it set the options
 
     def finalize_options(self):
         super().finalize_options()

@@ -1,13 +1,17 @@
 """The command line, and the rule of correctness on kernels broken in every way that it must see."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from toy import declared, softmax_scale
 
+from pykernels import native
 from pykernels.__main__ import main
 from pykernels.check import Expected
+from pykernels.doctor import machine
 
 
 class WrongGradient(torch.autograd.Function):
@@ -106,3 +110,50 @@ def test_an_unknown_op_lists_those_there_are(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "atention"])
     assert "varlen_attention" in capsys.readouterr().err
+
+
+LIBRARY = native.cuda_library()
+CUDA_ENTRIES = """
+import sys, torch
+before = {*torch._C._dispatch_get_all_op_names()}
+torch.ops.load_library(sys.argv[1])
+for name in sorted({*torch._C._dispatch_get_all_op_names()} - before):
+    print(name, torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"))
+    schema = torch._C._get_schema(name, "")
+    values = {"Tensor": torch.zeros(2, 2), "int": 0, "float": 0.0, "bool": False}
+    arguments = [values.get(str(a.type)) for a in schema.arguments]
+    try:
+        getattr(torch.ops.pykernels_cuda, name.split("::")[1])(*arguments)
+    except NotImplementedError as error:
+        print("CPU" if "from the 'CPU' backend" in str(error) else error)
+"""
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="the CUDA kernels were not built")
+def test_the_cuda_library_loads_without_a_gpu():
+    """Its entries are for CUDA tensors, and refuse others."""
+    run = subprocess.run([sys.executable, "-c", CUDA_ENTRIES, LIBRARY], capture_output=True, text=True, check=True)
+    lines = run.stdout.splitlines()
+    assert all(name.startswith("pykernels_cuda::") and name.endswith("True") for name in lines[::2]), lines
+    assert lines[1::2] == ["CPU"] * len(lines[::2]), lines
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="the CUDA kernels were not built")
+def test_the_cuda_library_says_what_it_was_built_for():
+    architectures = native.cuda_architectures()
+    assert architectures == sorted(architectures) != []
+    assert all(800 <= architecture < 2000 for architecture in architectures)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "reason", "said"),
+    [
+        ([], "the CUDA kernels were not built", "none: the CUDA kernels were not built"),
+        ([800, 1200], "torch sees no NVIDIA GPU", "compute capability 8.0, 12.0; not in use: torch sees no NVIDIA GPU"),
+        ([900], None, "compute capability 9.0; in use"),
+    ],
+)
+def test_doctor_says_what_the_cuda_kernels_are_for(architectures, reason, said, monkeypatch):
+    monkeypatch.setattr(native, "cuda_missing", lambda device_type: reason)
+    monkeypatch.setattr(native, "cuda_architectures", lambda: architectures)
+    assert machine()["CUDA kernels"].endswith(said)
