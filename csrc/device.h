@@ -187,4 +187,62 @@ __device__ inline float reciprocal_fast(float x) {
 #endif
 }
 
+// Blocks that wait for each other without all waiting for all. Whoever waits must be resident together with the rest.
+
+// Adds 1 to a counter in global memory, after all that this thread wrote and, through barriers, has seen.
+__device__ inline void signal(unsigned* counter) {
+#if defined(CUDA_ON_HOST)
+  atomicAdd(counter, 1u);
+#else
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+#endif
+}
+
+// Waits until a counter is at least so much; then what was written before those signals can be seen.
+__device__ inline void wait_for(const unsigned* counter, unsigned least) {
+#if defined(CUDA_ON_HOST)
+  while (*static_cast<const volatile unsigned*>(counter) < least) cuda_host::spin();
+#else
+  unsigned count;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+  while (count < least);
+#endif
+}
+
+// A cluster's barrier in two halves, and the place of `mine` in the shared memory of its block `rank`; sm_90 and newer.
+#if defined(CUDA_ON_HOST) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ inline void cluster_arrive() {
+#if defined(CUDA_ON_HOST)
+  cooperative_groups::this_cluster().barrier_arrive();
+#else
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if defined(CUDA_ON_HOST)
+  cooperative_groups::this_cluster().barrier_wait();
+#else
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// Stores 16 bytes there.
+__device__ inline void store_to_cluster(void* mine, unsigned rank, uint4 value) {
+#if defined(CUDA_ON_HOST)
+  *static_cast<uint4*>(cooperative_groups::this_cluster().map_shared_rank(mine, rank)) = value;
+#else
+  unsigned place;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(place)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(mine))), "r"(rank));
+  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(place), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+#endif
+}
+#else
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() {}
+__device__ inline void store_to_cluster(void*, unsigned, uint4) {}
+#endif
+
 }  // namespace

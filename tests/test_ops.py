@@ -29,7 +29,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=f"{BACKEND}: {REASON}"), pytest.mark.triton]
 
 
-def tested(op, dtype):
+def is_tested(op, dtype):
     if ON_HOST:
         return BACKEND in op.supports and dtype != "fp64"
     return not (INTERPRET and dtype == "bf16")
@@ -41,7 +41,7 @@ def over(dtypes=DTYPES, samples=lambda op: op.samples, thin=1):
         pytest.param(op, dtype, sample, id=f"{op.name}-{name}-{sample.label}")
         for op in OPS.values()
         for name, dtype in DTYPES.items()
-        if name in dtypes and dtype in op.dtypes and tested(op, name)
+        if name in dtypes and dtype in op.dtypes and is_tested(op, name)
         for sample in samples(op)[:: thin if INTERPRET and name != "fp32" else 1]
     ]
     return pytest.mark.parametrize(("op", "dtype", "sample"), cases)

@@ -1,0 +1,953 @@
+// LSTM and GRU over a sequence in one launch: the recurrent weights stay on the chip for all steps.
+//
+//   LSTM  i, f, o = σ(·), g = tanh(·) of W_ih x + b_ih + W_hh h + b_hh;  c' = f∘c + i∘g;  h' = o ∘ tanh c'
+//   GRU   r, z = σ(·);  n = tanh(W_in x + b_in + r∘(W_hn h + b_hn));  h' = (1 − z)∘n + z∘h
+//   backward, of the step after: dh = W_hhᵀ dgates, then the cell's derivatives; the weights' gradients are products
+//   with all rows at once, after the loop, and a library's, as W_ih x is before it.
+//
+// A block owns some octets, which are eight hidden units, of a team of blocks that share some sequences. Both passes
+// are one loop: the product of the block's weights with what the team exchanges (h; backward: dgates), the sum over
+// warps, the cells, and their part of the next exchange:
+//
+//   weights   groups of ROWS rows: [i|f|g|o][8 units] forward; units of W_hhᵀ backward, whose columns go by unit, then
+//             gate. A warp holds the columns of its KB k-blocks (32 columns): the first IN_REGISTERS groups in
+//             registers, the others in shared memory
+//   exchange  [2][sequences][K], zeros in the padding, so that no load in the loop has a guard. In the team's own part of
+//             global memory and one counter per team; or, where a team fits one cluster (sm_90 and newer), a copy in
+//             each block's shared memory, which all write to, and the cluster's barrier. Read in one half, written in the
+//             other: one wait a step is enough, and two barriers of the block (one, with a cluster)
+//   cells     a lane has all gates of one unit for two sequences: the layout of the tensor core's sums
+//
+// bf16 and fp16 multiply with mma.m16n8k16: a is weights, b is h; fp32 exactly, a lane for each row of the weights. Sums
+// go in one order whatever the grid: by k-block within a warp, then over warps; results repeat bit by bit.
+//
+// What limits it is latency: a step of H = 1024 reads 16 KiB of h per block and eight sequences, and waits for the slowest
+// of its team; the arithmetic of so few sequences is a small part of a step.
+
+#include <algorithm>
+#include <optional>
+
+#include "mma.h"
+
+namespace {
+
+enum Cell { LSTM, GRU };
+
+constexpr int MAX_WARPS = 8, MAX_THREADS = 32 * MAX_WARPS;
+constexpr int BLOCK_K = 32;  // columns of weights that a lane takes 16 bytes of, or (fp32) twice as many
+constexpr float LOG2E = 1.4426950408889634f;
+
+// ---- cells -----------------------------------------------------------------------------------------------------------
+// Quotients whose denominators lie in (0, 2], so that several share one reciprocal: an LSTM's cell takes three exp2 and
+// two reciprocals. What shares one shares its NaN: only gates that meet in the same result do.
+
+struct Quotient {
+  float numerator, denominator;
+};
+
+__device__ inline Quotient sigmoid(float x) {
+  const float e = exp2_fast(fabsf(x) * -LOG2E);
+  return {x < 0 ? e : 1.0f, 1.0f + e};
+}
+
+// Eigen's minimax quotient (ptanh_float): 3 ulp, from 0 to infinity.
+__device__ inline Quotient tanh_quotient(float x) {
+  x = x > 7.905311f ? 7.905311f : x < -7.905311f ? -7.905311f : x;
+  const float z = x * x;
+  float p = fmaf(-2.76076847742355e-16f, z, 2.00018790482477e-13f);
+  p = fmaf(fmaf(p, z, -8.60467152213735e-11f), z, 5.12229709037114e-08f);
+  p = fmaf(fmaf(p, z, 1.48572235717979e-05f), z, 6.37261928875436e-04f);
+  const float q = fmaf(fmaf(1.19825839466702e-06f, z, 1.18534705686654e-04f), z, 2.26843463243900e-03f);
+  return {fmaf(p, z, 4.89352455891786e-03f) * x, fmaf(q, z, 4.89352518554385e-03f)};
+}
+
+// Pre-activations s (GRU: of r, z and the two halves of n), state c or h → h'; the new state; what backward reads.
+template <Cell CELL>
+__device__ inline float advance(const float (&s)[4], float& state, float (&saved)[4]) {
+  const Quotient a = sigmoid(s[0]), b = sigmoid(s[1]);
+  const float both = a.denominator * b.denominator;
+  if constexpr (CELL == LSTM) {
+    const Quotient g = tanh_quotient(s[2]);
+    float inverse = reciprocal_fast(both * g.denominator);
+    saved[2] = g.numerator * (both * inverse);
+    inverse *= g.denominator;
+    saved[0] = a.numerator * (b.denominator * inverse);
+    saved[1] = b.numerator * (a.denominator * inverse);
+    state = fmaf(saved[1], state, saved[0] * saved[2]);
+    const Quotient o = sigmoid(s[3]), u = tanh_quotient(state);
+    const float o_numerator = o.numerator * reciprocal_fast(o.denominator * u.denominator);
+    saved[3] = o_numerator * u.denominator;
+    return o_numerator * u.numerator;
+  } else {
+    const float inverse = reciprocal_fast(both);
+    saved[0] = a.numerator * (b.denominator * inverse);
+    saved[1] = b.numerator * (a.denominator * inverse);
+    const Quotient n = tanh_quotient(fmaf(saved[0], s[3], s[2]));
+    saved[2] = n.numerator * reciprocal_fast(n.denominator);
+    saved[3] = s[3];
+    return state = fmaf(saved[1], state - saved[2], saved[2]);
+  }
+}
+
+// dh', dc', what forward saved, c', the state before → gradients of the gates (GRU: of n, r, z, W_hn h + b_hn), and of
+// the state before, past the product.
+template <Cell CELL>
+__device__ inline float retreat(float dh, float dc, const float (&g)[4], float c, float before, float (&d)[4]) {
+  if constexpr (CELL == LSTM) {
+    const Quotient t = tanh_quotient(c);
+    const float u = t.numerator * reciprocal_fast(t.denominator);
+    dc = fmaf(dh * g[3], 1 - u * u, dc);
+    d[0] = dc * g[2] * (g[0] * (1 - g[0]));
+    d[1] = dc * before * (g[1] * (1 - g[1]));
+    d[2] = dc * g[0] * (1 - g[2] * g[2]);
+    d[3] = dh * u * (g[3] * (1 - g[3]));
+    return dc * g[1];
+  } else {
+    d[0] = dh * (1 - g[1]) * (1 - g[2] * g[2]);
+    d[1] = d[0] * g[3] * (g[0] * (1 - g[0]));
+    d[2] = dh * (before - g[2]) * (g[1] * (1 - g[1]));
+    d[3] = d[0] * g[0];
+    return dh * g[1];
+  }
+}
+
+// ---- sequences -------------------------------------------------------------------------------------------------------
+
+// Which sequences take which step. Steps are counted in running order, k = 0 .. T−1.
+struct Steps {
+  const int64_t *lengths, *offsets;  // [B]; [T + 1], of packed input: the first row of each step
+  const bool* resets;                // [T, B]
+  int64_t T, B;
+  bool reverse;
+
+  struct Place {
+    int64_t row;
+    bool present, active, reset;  // has a row; takes the step; with a state of zeros
+  };
+
+  __device__ Place at(int64_t k, int64_t b) const {
+    if (k < 0 || k >= T || b >= B) return {0, false, false, false};
+    const int64_t t = reverse ? T - 1 - k : k, first = offsets ? offsets[t] : t * B;
+    const bool present = !offsets || first + b < offsets[t + 1];
+    const bool active = present && (!lengths || t < lengths[b]);
+    return {first + b, present, active, active && resets && resets[t * B + b]};
+  }
+};
+
+// How the work is laid out. All sizes are of this launch; none is compiled in.
+template <class S>
+struct Plan {
+  const S* weights;    // [groups of all blocks][ROWS][K]
+  S* exchange;         // [2][sequences in tiles of 8][stride]
+  unsigned* counters;  // one per team, a cache line apart
+  int64_t stride, K;   // K: of warps · KB · BLOCK_K
+  int groups, all_groups;  // of a block, in all
+  int tiles, all_tiles;    // of eight sequences: of a team, in all
+  int pass;                // tiles whose sums fit in shared memory at a time
+  bool cluster;
+};
+
+template <class S_, int ROWS_, int KB_>
+struct Layout {
+  using S = S_;
+  static constexpr int ROWS = ROWS_, KB = KB_;
+  static constexpr bool HALF = sizeof(S) == 2;
+  static constexpr int PIECES = ROWS * sizeof(S) / 16;  // 16-byte pieces of a group that a lane holds per k-block
+  static constexpr int IN_REGISTERS = std::clamp(128 / (4 * PIECES * KB), 1, 4);  // groups
+  static constexpr int PAD = 64 / sizeof(S);  // elements after a row in shared memory: rows on different banks
+  static constexpr size_t group_bytes(int warps) { return size_t(warps) * KB * PIECES * 512; }
+  static constexpr size_t sums_bytes(int warps) { return size_t(warps) * ROWS * 32; }  // of a group and tile
+};
+
+// Where the team's exchange is; offsets in elements.
+template <class L>
+struct Exchange {
+  using S = typename L::S;
+  S* base;
+  int64_t half, stride;
+  bool cluster;
+
+  __device__ S* at(int64_t step, int column, int64_t k) const { return base + step % 2 * half + column * stride + k; }
+
+  // Copy `copy` of `copies` lanes that have the same 16 bytes writes its share of them.
+  __device__ void store(int64_t step, int column, int64_t k, uint4 value, unsigned copy, unsigned copies) const {
+    S* place = at(step, column, k);
+    if (cluster)
+      for (unsigned rank = copy; rank < gridDim.x; rank += copies) store_to_cluster(place, rank, value);
+    else if (copy == 0)
+      *reinterpret_cast<uint4*>(place) = value;
+  }
+};
+
+template <class S>
+__device__ inline unsigned bits_of(float x) {
+  if constexpr (sizeof(S) == 4) return __float_as_uint(x);
+  else return static_cast<S>(x).x;
+}
+
+// Lane 4·g + q has two words or more of unit g for columns 2q and 2q + 1 → those of column 2q + g % 2, of units
+// g & ~1 and g | 1.
+template <int WORDS>
+__device__ inline void exchange_columns(const unsigned (&first)[WORDS], const unsigned (&second)[WORDS],
+                                        unsigned (&out)[2 * WORDS]) {
+  const bool odd = threadIdx.x & 4;
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    const unsigned mine = odd ? second[i] : first[i];
+    const unsigned other = __shfl_xor_sync(~0u, odd ? first[i] : second[i], 4);
+    out[i] = odd ? other : mine;
+    out[WORDS + i] = odd ? mine : other;
+  }
+}
+
+// Words of lanes that differ in one bit, one after the other.
+template <int WORDS>
+__device__ inline void join_lanes(const unsigned (&mine)[WORDS], unsigned bit, unsigned (&out)[2 * WORDS]) {
+  const bool upper = threadIdx.x & bit;
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    const unsigned other = __shfl_xor_sync(~0u, mine[i], bit);
+    out[i] = upper ? other : mine[i];
+    out[WORDS + i] = upper ? mine[i] : other;
+  }
+}
+
+// ---- the product -----------------------------------------------------------------------------------------------------
+
+template <class L>
+class Product {
+  using S = typename L::S;
+
+ public:
+  // spilled: the weights of the groups past IN_REGISTERS; slab: where a warp puts its part of the exchange (fp32).
+  __device__ void load(const Plan<S>& plan, int first_group, uint4* spilled) {
+    spilled_ = spilled + threadIdx.x % 32;
+#pragma unroll
+    for (int u = 0; u < L::IN_REGISTERS; ++u)
+      each_piece([&](int kb, int p) { weights_[u][kb][p] = piece(plan, first_group, u, kb, p); });
+    for (int u = L::IN_REGISTERS; u < plan.groups; ++u)
+      each_piece([&](int kb, int p) { spilled_[place(u, kb, p)] = piece(plan, first_group, u, kb, p); });
+  }
+
+  // sums: [groups][warps][ROWS][8] of this tile, of which the warp writes its own.
+  __device__ void multiply(const Plan<S>& plan, const Exchange<L>& exchange, int64_t step, int tile, float* slab,
+                           float* sums) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int64_t k0 = int64_t(warp) * (L::KB * BLOCK_K);
+    sums += warp * (L::ROWS * 8);
+    const int next = warps * L::ROWS * 8;
+    if constexpr (L::HALF) {
+      uint4 h[L::KB];
+      const auto* from = reinterpret_cast<const uint4*>(exchange.at(step, tile * 8 + lane / 4, k0 + lane % 4 * 8));
+      if (exchange.cluster) {
+#pragma unroll
+        for (int kb = 0; kb < L::KB; ++kb) h[kb] = from[kb * 4];
+      } else {
+#pragma unroll
+        for (int kb = 0; kb < L::KB; ++kb) h[kb] = __ldcg(from + kb * 4);
+      }
+#pragma unroll
+      for (int u = 0; u < L::IN_REGISTERS; ++u)
+        if (u < plan.groups) multiply_half(h, [&](int kb, int p) { return weights_[u][kb][p]; }, sums + u * next);
+      for (int u = L::IN_REGISTERS; u < plan.groups; ++u)
+        multiply_half(h, [&](int kb, int p) { return spilled_[place(u, kb, p)]; }, sums + u * next);
+    } else {
+      constexpr int WIDTH = L::KB * BLOCK_K;
+      const float* h = exchange.at(step, tile * 8, k0);
+      int64_t stride = exchange.stride;
+      if (!exchange.cluster) {
+        slab += warp * (8 * WIDTH);
+        __syncwarp();
+#pragma unroll 4
+        for (int i = lane; i < 2 * WIDTH; i += 32)
+          copy_async<16>(slab + i * 4, exchange.at(step, tile * 8 + i / (WIDTH / 4), k0 + i % (WIDTH / 4) * 4));
+        commit_copies();
+        wait_copies<0>();
+        __syncwarp();
+        h = slab, stride = WIDTH;
+      }
+      multiply_exact<L::IN_REGISTERS>(h, stride, [&](int u, int kb, int p) { return weights_[u][kb][p]; }, sums, next,
+                                      plan.groups);
+      for (int u = L::IN_REGISTERS; u < plan.groups; ++u)
+        multiply_exact<1>(h, stride, [&](int, int kb, int p) { return spilled_[place(u, kb, p)]; }, sums + u * next,
+                          next, 1);
+    }
+  }
+
+ private:
+  uint4 weights_[L::IN_REGISTERS][L::KB][L::PIECES];
+  uint4* spilled_;
+
+  template <class F>
+  __device__ static void each_piece(const F& f) {
+#pragma unroll
+    for (int kb = 0; kb < L::KB; ++kb)
+#pragma unroll
+      for (int p = 0; p < L::PIECES; ++p) f(kb, p);
+  }
+
+  __device__ static int place(int u, int kb, int p) {
+    return ((((u - L::IN_REGISTERS) * int(blockDim.x / 32) + int(threadIdx.x / 32)) * L::KB + kb) * L::PIECES + p) * 32;
+  }
+
+  // Half precision: lane 4·g + q holds columns 8q .. 8q + 7 of rows g, g + 8, …: two k-tiles of the tensor core, whose
+  // columns may be named in any order that h's are too. fp32: a lane has one row, of which 32 / ROWS lanes share a k-block.
+  __device__ static uint4 piece(const Plan<S>& plan, int first_group, int u, int kb, int p) {
+    const int lane = threadIdx.x % 32, group = first_group + u;
+    if (u >= plan.groups || group >= plan.all_groups) return {0, 0, 0, 0};
+    const int row = L::HALF ? p * 8 + lane / 4 : lane % L::ROWS;
+    const int k = L::HALF ? lane % 4 * 8 : lane / L::ROWS * L::ROWS + p * 4;
+    const int64_t column = (int64_t(threadIdx.x / 32) * L::KB + kb) * BLOCK_K + k;
+    return *reinterpret_cast<const uint4*>(plan.weights + (int64_t(group) * L::ROWS + row) * plan.stride + column);
+  }
+
+  template <class Weights>
+  __device__ static void multiply_half(const uint4 (&h)[L::KB], const Weights& weights, float* sums) {
+    const int lane = threadIdx.x % 32;
+    float c[L::ROWS / 16][4] = {};  // two sequences of rows g and g + 8
+#pragma unroll
+    for (int kb = 0; kb < L::KB; ++kb)
+#pragma unroll
+      for (int m = 0; m < L::ROWS / 16; ++m) {
+        const uint4 low = weights(kb, 2 * m), high = weights(kb, 2 * m + 1);
+        multiply_add_16x8x16<S>(c[m], low.x, high.x, low.y, high.y, h[kb].x, h[kb].y);
+        multiply_add_16x8x16<S>(c[m], low.z, high.z, low.w, high.w, h[kb].z, h[kb].w);
+      }
+#pragma unroll
+    for (int m = 0; m < L::ROWS / 16; ++m) {
+      auto* to = reinterpret_cast<float2*>(sums + m * 128 + lane * 2);
+      to[0] = make_float2(c[m][0], c[m][1]);
+      to[32] = make_float2(c[m][2], c[m][3]);
+    }
+  }
+
+  // h: [8][stride]
+  template <int GROUPS, class Weights>
+  __device__ static void multiply_exact(const float* h, int64_t stride, const Weights& weights, float* sums, int next,
+                                        int groups) {
+    const int lane = threadIdx.x % 32;
+    h += lane / L::ROWS * L::ROWS;
+    float c[GROUPS][8] = {};
+    each_piece([&](int kb, int p) {
+      uint4 w[GROUPS];
+#pragma unroll
+      for (int u = 0; u < GROUPS; ++u) w[u] = weights(u, kb, p);
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float4 x = *reinterpret_cast<const float4*>(h + n * stride + kb * BLOCK_K + p * 4);
+#pragma unroll
+        for (int u = 0; u < GROUPS; ++u) {
+          c[u][n] = fmaf(__uint_as_float(w[u].x), x.x, c[u][n]);
+          c[u][n] = fmaf(__uint_as_float(w[u].y), x.y, c[u][n]);
+          c[u][n] = fmaf(__uint_as_float(w[u].z), x.z, c[u][n]);
+          c[u][n] = fmaf(__uint_as_float(w[u].w), x.w, c[u][n]);
+        }
+      }
+    });
+#pragma unroll
+    for (int u = 0; u < GROUPS; ++u) {
+#pragma unroll
+      for (int part = L::ROWS; part < 32; part *= 2)
+#pragma unroll
+        for (int n = 0; n < 8; ++n) c[u][n] += __shfl_xor_sync(~0u, c[u][n], part);
+      if (u < groups && lane < L::ROWS) {
+        auto* to = reinterpret_cast<float4*>(sums + u * next + lane * 8);
+        to[0] = make_float4(c[u][0], c[u][1], c[u][2], c[u][3]);
+        to[1] = make_float4(c[u][4], c[u][5], c[u][6], c[u][7]);
+      }
+    }
+  }
+};
+
+// ---- the loop --------------------------------------------------------------------------------------------------------
+
+// A warp's share of a step: eight units of eight sequences, two of them to a lane.
+struct Job {
+  int64_t unit;  // of this lane
+  int64_t b;     // the first of its two sequences
+  int column;    // the first of the tile's eight, in the exchange
+  int lane;
+  __device__ int first() const { return lane % 4 * 2; }  // of its two, among these
+};
+
+// body.begin(exchange, columns, first sequence): what step 0 reads; body.load(job, k): all that does not depend on the
+// exchange; body.finish(job, k, inputs, sums, exchange): the cells.
+template <class L, class Body>
+__device__ inline void run_steps(const Plan<typename L::S>& plan, const Body& body, int64_t count) {
+  constexpr int OCTETS = Body::SUMS == 1 ? L::ROWS / 8 : 1;  // of a group
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int first_group = blockIdx.x * plan.groups, first_tile = blockIdx.y * plan.tiles;
+  const int tiles = min(plan.tiles, plan.all_tiles - first_tile);
+  const int octets = max(0, min(plan.groups, plan.all_groups - first_group)) * OCTETS;
+
+  auto* shared = dynamic_shared();
+  auto* spilled = reinterpret_cast<uint4*>(shared);
+  shared += max(0, plan.groups - L::IN_REGISTERS) * L::group_bytes(warps);
+  auto* sums = reinterpret_cast<float*>(shared);  // [pass][groups][warps][ROWS][8]
+  const int tile_sums = plan.groups * warps * L::ROWS * 8;
+  shared += plan.pass * plan.groups * L::sums_bytes(warps);
+  Exchange<L> exchange{plan.exchange + first_tile * 8 * plan.stride, plan.all_tiles * 8 * plan.stride, plan.stride, false};
+  if (plan.cluster) {
+    const int64_t stride = plan.K + L::PAD;
+    exchange = {reinterpret_cast<typename L::S*>(shared), plan.tiles * 8 * stride, stride, true};
+    for (int64_t i = threadIdx.x; i < 2 * exchange.half / (16 / int(sizeof(typename L::S))); i += blockDim.x)
+      reinterpret_cast<uint4*>(shared)[i] = {0, 0, 0, 0};
+    __syncthreads();
+  }
+  unsigned* counter = plan.counters + blockIdx.y * 32;
+
+  auto arrive = [&] {
+    if (plan.cluster) {
+      cluster_arrive();
+    } else {
+      __syncthreads();
+      if (threadIdx.x == 0) signal(counter);
+    }
+  };
+  auto wait = [&](int64_t k) {
+    if (plan.cluster) {
+      cluster_wait();
+    } else {
+      if (lane == 0) wait_for(counter, unsigned(gridDim.x * (k + 1)));
+      __syncwarp();
+    }
+  };
+  auto job_at = [&](int job, int first) {
+    const int column = (first + job / octets) * 8;
+    return Job{(int64_t(first_group) * OCTETS + job % octets) * 8 + lane / 4,
+               int64_t(first_tile) * 8 + column + lane % 4 * 2, column, lane};
+  };
+
+  Product<L> product;
+  product.load(plan, first_group, spilled);
+  body.begin(plan, exchange, tiles * 8, int64_t(first_tile) * 8, first_group * OCTETS * 8, octets * 8);
+  arrive();
+  typename Body::Inputs inputs;
+  for (int64_t k = 0; k < count; ++k) {
+    for (int first = 0; first < tiles; first += plan.pass) {
+      const int here = min(plan.pass, tiles - first), jobs = here * octets;
+      if (warp < jobs) inputs = body.load(job_at(warp, first), k);
+      if (first == 0) wait(k);
+      for (int n = 0; n < here; ++n)
+        product.multiply(plan, exchange, k, first + n, reinterpret_cast<float*>(shared), sums + n * tile_sums);
+      __syncthreads();
+      for (int i = warp; i < jobs; i += warps) {
+        const Job job = job_at(i, first);
+        if (i != warp) inputs = body.load(job, k);
+        const int octet = i % octets;
+        const float* from = sums + i / octets * tile_sums + octet / OCTETS * (warps * L::ROWS * 8) +
+                            octet % OCTETS * 64 + lane * 2;
+        float2 sum[Body::SUMS] = {};
+        for (int w = 0; w < warps; ++w)
+#pragma unroll
+          for (int s = 0; s < Body::SUMS; ++s) {
+            const float2 part = *reinterpret_cast<const float2*>(from + (w * L::ROWS + s * 8) * 8);
+            sum[s].x += part.x, sum[s].y += part.y;
+          }
+        body.finish(job, k, inputs, sum, exchange);
+      }
+      if (first + plan.pass < tiles) __syncthreads();
+    }
+    if (k + 1 < count) arrive();
+  }
+}
+
+// ---- forward ---------------------------------------------------------------------------------------------------------
+
+template <class L, Cell CELL>
+struct Forward {
+  using S = typename L::S;
+  static constexpr int SUMS = 4, GATES = CELL == LSTM ? 4 : 3;
+
+  Steps steps;
+  int64_t H;
+  const float* pre;             // [rows][GATES · H]: W_ih x
+  const S *h0, *b_ih, *b_hh;    // [B][H]; [GATES · H] or null
+  S *output, *h_n;              // [rows][H], [B][H]
+  float *state, *gates, *cells; // [B][H]: c or h before, then after; [rows][4 · H], [rows][H], or null
+
+  struct Inputs {
+    Steps::Place place[2], next[2];
+    float pre[2][4], state[2];
+  };
+
+  __device__ void begin(const Plan<S>& plan, const Exchange<L>& exchange, int columns, int64_t b, int64_t unit,
+                        int64_t units) const {
+    if (plan.cluster) unit = 0, units = H;
+    units = min(units, H - unit);
+    if (units <= 0) return;
+    for (int64_t i = threadIdx.x; i < columns * units; i += blockDim.x) {
+      const int column = int(i / units);
+      const int64_t j = unit + i % units;
+      const bool zero = b + column >= steps.B || steps.at(0, b + column).reset;
+      const S value = zero ? static_cast<S>(0.0f) : h0[(b + column) * H + j];
+      *exchange.at(0, column, j) = *exchange.at(1, column, j) = value;
+    }
+  }
+
+  __device__ Inputs load(const Job& job, int64_t k) const {
+    Inputs in{};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      in.place[i] = steps.at(k, job.b + i);
+      in.next[i] = steps.at(k + 1, job.b + i);
+      if (!in.place[i].active || job.unit >= H) continue;
+      if (!in.place[i].reset) in.state[i] = state[(job.b + i) * H + job.unit];
+#pragma unroll
+      for (int g = 0; g < GATES; ++g) in.pre[i][g] = pre[in.place[i].row * (GATES * H) + g * H + job.unit];
+    }
+    return in;
+  }
+
+  __device__ void finish(const Job& job, int64_t k, const Inputs& in, const float2 (&sum)[4],
+                         const Exchange<L>& exchange) const {
+    const int64_t unit = job.unit;
+    const bool inside = unit < H;
+    float bias[4] = {};
+    if (b_ih && inside) {
+#pragma unroll
+      for (int g = 0; g < GATES; ++g) {
+        bias[g] = static_cast<float>(b_ih[g * H + unit]);
+        (CELL == GRU && g == 2 ? bias[3] : bias[g]) += static_cast<float>(b_hh[g * H + unit]);
+      }
+    }
+    unsigned word[2][1];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float s[4], saved[4], carried = in.state[i];
+#pragma unroll
+      for (int g = 0; g < 4; ++g) s[g] = in.pre[i][g] + bias[g] + (i ? sum[g].y : sum[g].x);
+      if constexpr (CELL == GRU) {  // of n, what comes from h stands apart
+        s[2] = in.pre[i][2] + bias[2];
+        s[3] = (i ? sum[2].y : sum[2].x) + bias[3];
+      }
+      float h = advance<CELL>(s, carried, saved);
+      const bool active = in.place[i].active && inside;
+      if (!active) h = 0;
+      word[i][0] = in.next[i].reset ? 0 : bits_of<S>(h);
+      if (inside && in.place[i].present) {
+        const int64_t row = in.place[i].row;
+        output[row * H + unit] = static_cast<S>(h);
+        if (gates)
+#pragma unroll
+          for (int g = 0; g < 4; ++g) gates[(row * 4 + g) * H + unit] = active ? saved[g] : 0;
+        if (CELL == LSTM && cells) cells[row * H + unit] = active ? carried : 0;
+      }
+      if (active) {
+        state[(job.b + i) * H + unit] = carried;
+        if (!in.next[i].active) h_n[(job.b + i) * H + unit] = static_cast<S>(h);
+      }
+    }
+    if (k + 1 == steps.T) return;
+
+    // 16 bytes of a sequence are eight units of a column in half precision, which four lanes then have; four in fp32, two.
+    uint4 chunk;
+    if constexpr (L::HALF) {
+      unsigned two[2], four[2], pair[1], eight[4];
+      exchange_columns<1>(word[0], word[1], two);
+      pair[0] = two[0] | two[1] << 16;
+      join_lanes<1>(pair, 8, four);
+      join_lanes<2>(four, 16, eight);
+      chunk = {eight[0], eight[1], eight[2], eight[3]};
+    } else {
+      unsigned two[2], four[4];
+      exchange_columns<1>(word[0], word[1], two);
+      join_lanes<2>(two, 8, four);
+      chunk = {four[0], four[1], four[2], four[3]};
+    }
+    const int g = job.lane / 4, mine = g % 2;
+    const bool active = mine ? in.place[1].active : in.place[0].active;
+    if (!active && !(mine ? in.next[1].reset : in.next[0].reset)) return;  // it keeps the h that both halves have
+    const int64_t first = unit - g + (L::HALF ? 0 : g / 4 * 4);
+    exchange.store(k + 1, job.column + job.first() + mine, first, chunk, L::HALF ? g / 2 : g / 2 % 2, L::HALF ? 4 : 2);
+  }
+};
+
+// ---- backward --------------------------------------------------------------------------------------------------------
+
+template <class L, Cell CELL>
+struct Backward {
+  using S = typename L::S;
+  static constexpr int SUMS = 1;
+
+  Steps steps;
+  int64_t H;
+  const S *grad_output, *h0, *c0, *output;  // [rows][H] or null; [B][H]; [B][H], of the LSTM; [rows][H]
+  const float *gates, *cells;               // [rows][4 · H], [rows][H]
+  float *grad_h, *grad_c;                   // [B][H]: of the final state, then of the initial one
+  S *grad_gates, *previous;                 // [rows][4 · H]; [rows][H], h before the step, or null
+
+  struct Inputs {
+    Steps::Place place[2];
+    float gate[2][4], c[2], before[2], dh[2], dc[2];
+  };
+
+  __device__ void begin(const Plan<S>&, const Exchange<L>&, int, int64_t, int64_t, int64_t) const {}
+
+  // The k-th from the end; k = T is before the first: what is left is the gradient of h0.
+  __device__ Inputs load(const Job& job, int64_t k) const {
+    Inputs in{};
+    const int64_t step = steps.T - 1 - k, unit = job.unit;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t b = job.b + i, at = b * H + unit;
+      const Steps::Place place = in.place[i] = steps.at(step, b);
+      if (b >= steps.B || unit >= H) continue;
+      in.dh[i] = grad_h[at];
+      if (!place.active) continue;
+      const int64_t here = place.row * H + unit;
+      if (grad_output) in.dh[i] += static_cast<float>(grad_output[here]);
+#pragma unroll
+      for (int g = 0; g < 4; ++g) in.gate[i][g] = gates[(place.row * 4 + g) * H + unit];
+      const Steps::Place before = steps.at(step - 1, b);
+      const int64_t there = before.row * H + unit;
+      if constexpr (CELL == LSTM) {
+        in.c[i] = cells[here];
+        in.dc[i] = grad_c[at];
+        if (!place.reset) in.before[i] = before.active ? cells[there] : static_cast<float>(c0[at]);
+      }
+      if (CELL == GRU || previous) {
+        const S h = place.reset ? static_cast<S>(0.0f) : before.active ? output[there] : h0[at];
+        if constexpr (CELL == GRU) in.before[i] = static_cast<float>(h);
+        if (previous) previous[here] = h;
+      }
+    }
+    return in;
+  }
+
+  __device__ void finish(const Job& job, int64_t k, const Inputs& in, const float2 (&sum)[1],
+                         const Exchange<L>& exchange) const {
+    const int64_t unit = job.unit;
+    unsigned word[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t b = job.b + i, at = b * H + unit, row = in.place[i].row;
+      const bool inside = unit < H && b < steps.B, active = in.place[i].active && inside, reset = in.place[i].reset;
+      const float dh = in.dh[i] + (i ? sum[0].y : sum[0].x);
+      float d[4] = {};
+      float before = retreat<CELL>(dh, in.dc[i], in.gate[i], in.c[i], in.before[i], d);
+      if (reset) before = 0;
+      if (inside) grad_h[at] = !active ? dh : CELL == GRU ? before : 0;
+      if (CELL == LSTM && active) grad_c[at] = before;
+      if (!active)
+#pragma unroll
+        for (int g = 0; g < 4; ++g) d[g] = 0;
+      if (inside && in.place[i].present) {
+#pragma unroll
+        for (int g = 0; g < 4; ++g) grad_gates[(row * 4 + g) * H + unit] = static_cast<S>(d[g]);
+        if (previous && !active) previous[row * H + unit] = static_cast<S>(0.0f);
+      }
+#pragma unroll
+      for (int g = 0; g < 4; ++g) {  // GRU: those of W_hh, in the order of its rows
+        const float value = CELL == LSTM ? d[g] : g < 3 ? d[g + 1] : 0.0f;
+        word[i][g] = reset ? 0 : bits_of<S>(value);
+      }
+    }
+    if (k == steps.T) return;
+    if constexpr (L::HALF) {
+      unsigned packed[2][2], both[4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int g = 0; g < 2; ++g) packed[i][g] = word[i][2 * g] | word[i][2 * g + 1] << 16;
+      exchange_columns<2>(packed[0], packed[1], both);
+      if ((unit & ~int64_t(1)) >= H) return;
+      exchange.store(k + 1, job.column + job.first() + job.lane / 4 % 2, (unit & ~int64_t(1)) * 4,
+                     {both[0], both[1], both[2], both[3]}, 0, 1);
+    } else {
+      if (unit >= H) return;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        exchange.store(k + 1, job.column + job.first() + i, unit * 4, {word[i][0], word[i][1], word[i][2], word[i][3]}, 0,
+                       1);
+    }
+  }
+};
+
+template <class L, class Body>
+__global__ void __launch_bounds__(MAX_THREADS, 1)
+    sequence_kernel(const Plan<typename L::S> plan, const Body body, const int64_t count) {
+  run_steps<L>(plan, body, count);
+}
+
+// ---- launches --------------------------------------------------------------------------------------------------------
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Lays out and, unless count is 0, launches the steps; false if the weights do not fit on the device's chip.
+// largest_cluster: 0 keeps to the exchange in global memory.
+template <class L, class Body>
+bool launch_steps(Plan<typename L::S> plan, const Body& body, int64_t count, int warps, int64_t largest_cluster,
+                  int64_t stream) {
+  using S = typename L::S;
+  const auto kernel = sequence_kernel<L, Body>;
+  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  plan.K = int64_t(warps) * L::KB * BLOCK_K;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "cudaFuncSetAttribute");
+  auto shared = [&](bool cluster) {
+    const size_t exchange = cluster     ? 2 * plan.tiles * 8 * (plan.K + L::PAD) * sizeof(S)
+                            : L::HALF ? 0
+                                      : 8 * plan.K * sizeof(S);
+    return std::max(0, plan.groups - L::IN_REGISTERS) * L::group_bytes(warps) +
+           plan.pass * plan.groups * L::sums_bytes(warps) + exchange;
+  };
+  Launch how{.block = dim3(32 * warps), .stream = stream};
+  auto start = [&](unsigned slices, bool cluster) {
+    const unsigned teams = (plan.all_tiles + plan.tiles - 1) / plan.tiles;
+    how.grid = dim3(slices, teams);
+    how.shared = shared(cluster);
+    how.cooperative = !cluster;
+    how.cluster = cluster ? slices : 1;
+    plan.cluster = cluster;
+    if (count > 0) launch(how, kernel, plan, body, count);
+    return true;
+  };
+  auto widen_pass = [&](bool cluster, size_t bytes) {
+    for (plan.pass = std::min(plan.tiles, 4); plan.pass > 1 && shared(cluster) > bytes; --plan.pass) {
+    }
+  };
+
+  // A team in one cluster: a power of two of blocks, each of as few groups as that leaves. Clusters need not be resident
+  // together: they take turns.
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    for (int slices = 1; slices <= std::min<int64_t>(largest_cluster, 16); slices *= 2) {
+      plan.groups = (plan.all_groups + slices - 1) / slices;
+      if (plan.groups > L::IN_REGISTERS && slices < 8) continue;
+      plan.tiles = plan.pass = 1;
+      if (shared(true) > size_t(limit)) continue;
+      int clusters = multiprocessors;
+      if (slices > 1) {
+        if (slices > 8)
+          check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                     "cudaFuncSetAttribute");
+        cudaLaunchAttribute attribute;
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = slices;
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(slices);
+        config.blockDim = how.block;
+        config.dynamicSmemBytes = shared(true);
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+          cudaGetLastError();
+          clusters = 0;
+        }
+      }
+      if (clusters == 0) continue;
+      plan.tiles = (plan.all_tiles + clusters - 1) / clusters;
+      while (plan.tiles > 1 && shared(true) > size_t(limit)) --plan.tiles;
+      widen_pass(true, limit);
+      return start(slices, true);
+    }
+  }
+
+  for (plan.groups = std::min(plan.all_groups, L::IN_REGISTERS);; ++plan.groups) {
+    plan.tiles = plan.pass = 1;
+    int blocks = 0;
+    if (shared(false) <= size_t(limit))
+      check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * warps, shared(false)),
+                 "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    const int slices = (plan.all_groups + plan.groups - 1) / plan.groups, teams = blocks * multiprocessors / slices;
+    if (blocks == 0) return false;
+    if (teams == 0) continue;
+    plan.tiles = (plan.all_tiles + teams - 1) / teams;
+    widen_pass(false, (limit - 1024) / blocks);
+    return start(slices, false);
+  }
+}
+
+// fill<L>(body, warps) with as few k-blocks a warp as K allows; false if it has too many.
+template <int LEAST, class S, int ROWS, template <class, Cell> class Body, class Fill>
+bool choose_depth(int64_t K, int64_t cell, const Fill& fill) {
+  const int64_t blocks = (K + BLOCK_K - 1) / BLOCK_K;
+  auto with = [&]<int KB>(std::integral_constant<int, KB>) {
+    using L = Layout<S, ROWS, KB>;
+    const int warps = int((blocks + KB - 1) / KB);
+    if (cell == LSTM) return fill.template operator()<L>(Body<L, LSTM>{}, warps);
+    return fill.template operator()<L>(Body<L, GRU>{}, warps);
+  };
+  if (blocks <= MAX_WARPS * LEAST) return with(std::integral_constant<int, LEAST>{});
+  if (blocks <= MAX_WARPS * 2 * LEAST) return with(std::integral_constant<int, 2 * LEAST>{});
+  if (blocks <= MAX_WARPS * 4 * LEAST) return with(std::integral_constant<int, 4 * LEAST>{});
+  if constexpr (sizeof(S) == 2)
+    if (blocks <= MAX_WARPS * 8 * LEAST) return with(std::integral_constant<int, 8 * LEAST>{});
+  return false;
+}
+
+// ---- arguments -------------------------------------------------------------------------------------------------------
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+template <class T>
+T* data(const std::optional<Tensor>& t) {
+  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
+}
+
+void check_contiguous(const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns, const char* name) {
+  check_device_tensor(t, 2, dtype, name);
+  check_size(t, 0, rows, name), check_size(t, 1, columns, name);
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+}
+void check_contiguous(const std::optional<Tensor>& t, ScalarType dtype, int64_t rows, int64_t columns, const char* name) {
+  if (t) check_contiguous(*t, dtype, rows, columns, name);
+}
+
+Steps steps_of(const std::optional<Tensor>& lengths, const std::optional<Tensor>& resets,
+               const std::optional<Tensor>& offsets, int64_t T, int64_t B, int64_t rows, bool reverse) {
+  auto check = [](const Tensor& t, int64_t size, const char* name) {
+    check_device_tensor(t, 1, ScalarType::Long, name);
+    check_size(t, 0, size, name);
+    STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+  };
+  if (lengths) check(*lengths, B, "lengths");
+  if (offsets) check(*offsets, T + 1, "offsets");
+  check_contiguous(resets, ScalarType::Bool, T, B, "resets");
+  STD_TORCH_CHECK(offsets || rows == T * B, "output: expected ", T * B, " rows, got ", rows);
+  return {data<const int64_t>(lengths), data<const int64_t>(offsets), data<const bool>(resets), T, B, reverse};
+}
+
+// What both passes share. rows: of a group in `weights`: [groups][rows][stride].
+template <class S>
+Plan<S> plan_of(const Tensor& weights, const Tensor& exchange, const Tensor& counters, int64_t B, int64_t K) {
+  Plan<S> plan{};
+  const ScalarType dtype = weights.scalar_type();
+  check_device_tensor(weights, 3, dtype, "weights");
+  check_device_tensor(exchange, 3, dtype, "exchange");
+  plan.stride = weights.size(2);
+  plan.all_groups = int(weights.size(0)), plan.all_tiles = int((B + 7) / 8);
+  STD_TORCH_CHECK(plan.stride >= round_up(K, 512), "weights: expected padding to ", round_up(K, 512), " columns");
+  check_size(exchange, 0, 2, "exchange"), check_size(exchange, 1, plan.all_tiles * 8, "exchange");
+  check_size(exchange, 2, plan.stride, "exchange");
+  check_contiguous(counters, ScalarType::Int, plan.all_tiles, 32, "counters");
+  STD_TORCH_CHECK(weights.is_contiguous() && exchange.is_contiguous(), "weights: expected contiguous tensors");
+  plan.weights = data<const S>(weights), plan.exchange = data<S>(exchange), plan.counters = data<unsigned>(counters);
+  return plan;
+}
+
+void check_groups(const Tensor& weights, int64_t H, int64_t units, int64_t rows) {
+  check_size(weights, 0, (H + units - 1) / units, "weights"), check_size(weights, 1, rows, "weights");
+}
+
+template <class S>
+constexpr int BACKWARD_ROWS = sizeof(S) == 2 ? 16 : 8;
+template <class S>
+constexpr int LEAST = sizeof(S) == 2 ? 2 : 4;  // k-blocks of a warp, backward
+
+// ---- entries ---------------------------------------------------------------------------------------------------------
+
+// Whether the weights of H hidden units fit on the chip of the device that `like` is on.
+bool rnn_fits(Tensor like, int64_t H, int64_t cell, bool backward) {
+  const DeviceGuard guard(like);
+  bool fits = false;
+  for_device_dtype(like.scalar_type(), [&]<class S>(S) {
+    Plan<S> plan{};
+    plan.all_tiles = 1;
+    auto fit = [&]<class L, class Body>(Body body, int warps) {
+      plan.all_groups = int((H + (backward ? L::ROWS : 8) - 1) / (backward ? L::ROWS : 8));
+      return launch_steps<L>(plan, body, 0, warps, 0, 0);
+    };
+    fits = backward ? choose_depth<LEAST<S>, S, BACKWARD_ROWS<S>, Backward>(4 * H, cell, fit)
+                    : choose_depth<1, S, 32, Forward>(H, cell, fit);
+  });
+  return fits;
+}
+
+void rnn_forward(Tensor pre, Tensor weights, std::optional<Tensor> bias_ih, std::optional<Tensor> bias_hh, Tensor h0,
+                 std::optional<Tensor> lengths, std::optional<Tensor> resets, std::optional<Tensor> offsets,
+                 Tensor output, Tensor h_n, Tensor state, std::optional<Tensor> gates, std::optional<Tensor> cells,
+                 Tensor exchange, Tensor counters, int64_t steps, int64_t cell, bool reverse, int64_t largest_cluster,
+                 int64_t stream) {
+  const ScalarType dtype = weights.scalar_type();
+  STD_TORCH_CHECK(cell == LSTM || cell == GRU, "cell: expected 0 or 1, got ", cell);
+  check_device_tensor(h0, 2, dtype, "h0");
+  check_device_tensor(pre, 2, ScalarType::Float, "pre");
+  const int64_t B = h0.size(0), H = h0.size(1), rows = pre.size(0), G = cell == LSTM ? 4 : 3;
+  check_contiguous(h0, dtype, B, H, "h0"), check_contiguous(pre, ScalarType::Float, rows, G * H, "pre");
+  check_contiguous(output, dtype, rows, H, "output"), check_contiguous(h_n, dtype, B, H, "h_n");
+  check_contiguous(state, ScalarType::Float, B, H, "state");
+  check_contiguous(gates, ScalarType::Float, rows, 4 * H, "gates");
+  check_contiguous(cells, ScalarType::Float, rows, H, "cells");
+  STD_TORCH_CHECK(bias_ih.has_value() == bias_hh.has_value(), "bias_hh: expected together with bias_ih");
+  for (const auto& bias : {bias_ih, bias_hh})
+    if (bias) {
+      check_device_tensor(*bias, 1, dtype, "bias"), check_size(*bias, 0, G * H, "bias");
+      STD_TORCH_CHECK(bias->is_contiguous(), "bias: expected a contiguous tensor");
+    }
+  check_groups(weights, H, 8, 32);
+  const DeviceGuard guard(pre);
+  const Steps places = steps_of(lengths, resets, offsets, steps, B, rows, reverse);
+  for_device_dtype(dtype, [&]<class S>(S) {
+    const Plan<S> plan = plan_of<S>(weights, exchange, counters, B, H);
+    const bool fits = choose_depth<1, S, 32, Forward>(H, cell, [&]<class L, class Body>(Body body, int warps) {
+      body.steps = places, body.H = H, body.pre = data<const float>(pre), body.h0 = data<const S>(h0);
+      body.b_ih = data<const S>(bias_ih), body.b_hh = data<const S>(bias_hh);
+      body.output = data<S>(output), body.h_n = data<S>(h_n), body.state = data<float>(state);
+      body.gates = data<float>(gates), body.cells = data<float>(cells);
+      return launch_steps<L>(plan, body, steps, warps, largest_cluster, stream);
+    });
+    STD_TORCH_CHECK(fits, "weights: a hidden size of ", H, " does not fit on the device's chip");
+  });
+}
+
+void rnn_backward(std::optional<Tensor> grad_output, Tensor weights, Tensor h0, std::optional<Tensor> c0,
+                  std::optional<Tensor> lengths, std::optional<Tensor> resets, std::optional<Tensor> offsets,
+                  Tensor output, Tensor gates, std::optional<Tensor> cells, Tensor grad_h,
+                  std::optional<Tensor> grad_c, Tensor grad_gates, std::optional<Tensor> previous, Tensor exchange,
+                  Tensor counters, int64_t steps, int64_t cell, bool reverse, int64_t largest_cluster, int64_t stream) {
+  const ScalarType dtype = weights.scalar_type();
+  STD_TORCH_CHECK(cell == LSTM || cell == GRU, "cell: expected 0 or 1, got ", cell);
+  const bool lstm = cell == LSTM;
+  STD_TORCH_CHECK(c0.has_value() == lstm && cells.has_value() == lstm && grad_c.has_value() == lstm,
+                  "c0, cells, grad_c: expected for the LSTM and for no other cell");
+  check_device_tensor(h0, 2, dtype, "h0");
+  check_device_tensor(output, 2, dtype, "output");
+  const int64_t B = h0.size(0), H = h0.size(1), rows = output.size(0);
+  check_contiguous(h0, dtype, B, H, "h0"), check_contiguous(c0, dtype, B, H, "c0");
+  check_contiguous(output, dtype, rows, H, "output"), check_contiguous(grad_output, dtype, rows, H, "grad_output");
+  check_contiguous(gates, ScalarType::Float, rows, 4 * H, "gates");
+  check_contiguous(cells, ScalarType::Float, rows, H, "cells");
+  check_contiguous(grad_h, ScalarType::Float, B, H, "grad_h"), check_contiguous(grad_c, ScalarType::Float, B, H, "grad_c");
+  check_contiguous(grad_gates, dtype, rows, 4 * H, "grad_gates");
+  check_contiguous(previous, dtype, rows, H, "previous");
+  const DeviceGuard guard(output);
+  const Steps places = steps_of(lengths, resets, offsets, steps, B, rows, reverse);
+  for_device_dtype(dtype, [&]<class S>(S) {
+    constexpr int ROWS = BACKWARD_ROWS<S>;
+    check_groups(weights, H, ROWS, ROWS);
+    const Plan<S> plan = plan_of<S>(weights, exchange, counters, B, 4 * H);
+    const bool fits = choose_depth<LEAST<S>, S, ROWS, Backward>(4 * H, cell, [&]<class L, class Body>(Body body, int warps) {
+      body.steps = places, body.H = H, body.grad_output = data<const S>(grad_output);
+      body.h0 = data<const S>(h0), body.c0 = data<const S>(c0), body.output = data<const S>(output);
+      body.gates = data<const float>(gates), body.cells = data<const float>(cells);
+      body.grad_h = data<float>(grad_h), body.grad_c = data<float>(grad_c);
+      body.grad_gates = data<S>(grad_gates), body.previous = data<S>(previous);
+      return launch_steps<L>(plan, body, steps + 1, warps, largest_cluster, stream);
+    });
+    STD_TORCH_CHECK(fits, "weights: a hidden size of ", H, " does not fit on the device's chip");
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pykernels_cuda, m) {
+  m.def("rnn_fits(Tensor like, int H, int cell, bool backward) -> bool");
+  m.def("rnn_forward(Tensor pre, Tensor weights, Tensor? bias_ih, Tensor? bias_hh, Tensor h0, Tensor? lengths, "
+        "Tensor? resets, Tensor? offsets, Tensor(a!) output, Tensor(b!) h_n, Tensor(c!) state, Tensor(d!)? gates, "
+        "Tensor(e!)? cells, Tensor(f!) exchange, Tensor(g!) counters, int steps, int cell, bool reverse, "
+        "int largest_cluster, int stream) -> ()");
+  m.def("rnn_backward(Tensor? grad_output, Tensor weights, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, "
+        "Tensor? offsets, Tensor output, Tensor gates, Tensor? cells, Tensor(a!) grad_h, Tensor(b!)? grad_c, "
+        "Tensor(c!) grad_gates, Tensor(d!)? previous, Tensor(e!) exchange, Tensor(f!) counters, int steps, int cell, "
+        "bool reverse, int largest_cluster, int stream) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pykernels_cuda, DEVICE_KEY, m) {
+  m.impl("rnn_fits", TORCH_BOX(&rnn_fits));
+  m.impl("rnn_forward", TORCH_BOX(&rnn_forward));
+  m.impl("rnn_backward", TORCH_BOX(&rnn_backward));
+}
