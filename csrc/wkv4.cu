@@ -499,6 +499,7 @@ void check_shape(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarTy
   int64_t dim = 0;
   for (int64_t size : sizes) check_size(t, dim++, size, name);
   int64_t stride = 1;
+  if (t.numel() == 0) return;
   for (--dim; dim >= 0; --dim) {
     if (dense || dim == int64_t(sizes.size()) - 1)
       STD_TORCH_CHECK(t.size(dim) <= 1 || t.stride(dim) == stride, name, ": expected stride ", stride, " in dimension ",
