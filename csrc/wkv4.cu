@@ -30,7 +30,7 @@ constexpr int JOIN = 4;    // segments whose states are loaded at once
 constexpr float EMPTY = -1e38f;
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
-// ---- one step --------------------------------------------------------------------------------------------------------
+// ---- one step -------------------------------------------------------------------------------------------------------
 
 struct State {
   float aa, bb, pp;  // pp in base 2
@@ -82,7 +82,7 @@ __device__ inline float beyond(float grad_aa, float grad_bb, float grad_pp, cons
   return grad_pp - (grad_aa * s.aa + grad_bb * s.bb);
 }
 
-// ---- rows ------------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 template <class Storage>
 struct Strided {  // [B, T, C], channels side by side
@@ -199,7 +199,7 @@ struct Place {
         start(segment * steps), stop(min(start + steps, T)) {}
 };
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class Storage>
 struct Forward {
@@ -264,10 +264,11 @@ __global__ void __launch_bounds__(LANES) forward(const Forward<Storage> a) {
 
   if (rows.exists() && (FIND || here.stop == a.T))
 #pragma unroll
-    for (int n = 0; n < N; ++n) store_state((FIND ? state_of(a.found, here.segment) : state_of(a.final, 0)) + n, C, s[n]);
+    for (int n = 0; n < N; ++n)
+      store_state((FIND ? state_of(a.found, here.segment) : state_of(a.final, 0)) + n, C, s[n]);
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 template <class Storage>
 struct Backward {
@@ -485,7 +486,7 @@ __global__ void __launch_bounds__(LANES * PARTS) total(const float* sums, float*
   (own ? grad_u : grad_w)[c] = sum;
 }
 
-// ---- entries ---------------------------------------------------------------------------------------------------------
+// ---- entries --------------------------------------------------------------------------------------------------------
 
 template <class T>
 T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
@@ -499,6 +500,7 @@ void check_shape(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarTy
   int64_t dim = 0;
   for (int64_t size : sizes) check_size(t, dim++, size, name);
   int64_t stride = 1;
+  if (t.numel() == 0) return;
   for (--dim; dim >= 0; --dim) {
     if (dense || dim == int64_t(sizes.size()) - 1)
       STD_TORCH_CHECK(t.size(dim) <= 1 || t.stride(dim) == stride, name, ": expected stride ", stride, " in dimension ",
@@ -552,7 +554,8 @@ void run_forward(Forward<Storage> a, const Sizes& sizes, int64_t stream) {
   using Moved = Rows<Storage, N, PIECE>;
   a.blocks = sizes.blocks(LANES * N);
   const auto how = [&](int64_t segments) {
-    return Launch{.grid = sizes.grid(LANES * N, segments), .block = LANES, .stream = stream, .shared = Moved::shared(2)};
+    const unsigned grid = sizes.grid(LANES * N, segments);
+    return Launch{.grid = grid, .block = LANES, .stream = stream, .shared = Moved::shared(2)};
   };
   launch(how(sizes.segments - 1), forward<Storage, N, PIECE, true>, a);
   launch(how(sizes.segments), forward<Storage, N, PIECE, false>, a);

@@ -329,7 +329,7 @@ wkv4 = register(
     supports={
         "cpu": lambda *_: None,
         "triton": lambda w, u, k, *_: triton_declines(k),
-        "cuda": lambda w, u, k, *_: triton_declines(k),
+        "cuda": lambda w, u, k, *_: None if k.dtype in FLOATS else "it takes fp32, bf16 and fp16",
     },
     samples=[
         Sample("plain", _inputs(2, 9, 5), _FEW),
