@@ -268,8 +268,8 @@ def _keep(seed_ptr, i, start, row, threshold, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _exp2_by_fma(x):
-    """2^x for x ≤ 0 without the special-function unit: adding 1.5·2²³ + 127 rounds x to an integer n and leaves n + 127,
-    the exponent of 2^n, in the lowest bits; the fraction's power is a cubic. 2^x = 0 exactly for x ≤ −127, −inf too."""
+    """2^x for x ≤ 0 without the special-function unit: adding 1.5·2²³ + 127 rounds x to an integer n and leaves
+    n + 127, the exponent of 2^n, in the lowest bits; the fraction's power is a cubic. 2^x = 0 exactly if x ≤ −127."""
     x = tl.maximum(x, -127.0, tl.PropagateNan.ALL)
     rounded = x + 12583039.0
     f = x - (rounded - 12583039.0)  # −½ … ½
