@@ -26,290 +26,34 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .attention_tiles import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    _base,
+    _bounds,
+    _dot,
+    _dropped,
+    _exp2,
+    _grad_scores,
+    _keep,
+    _length,
+    _load,
+    _load_bias,
+    _load_rows,
+    _load_slope,
+    _locate,
+    _paged,
+    _probabilities,
+    _products,
+    _rows,
+    _scores,
+    _store,
+    _stream,
+    _tiles,
+)
+
 MAX_HEAD_DIM = 256
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3e38)  # below every score, yet finite: subtracting it never makes a NaN
-
-
-# ---- where a program works -------------------------------------------------------------------------------------------
-
-@triton.jit
-def _edge(cu_ptr, t, S, total):
-    """First row of sequence t of a packed axis; t = 0 and S + 1 stand for the rows before and after all sequences."""
-    edge = tl.load(cu_ptr + t - 1, mask=(t >= 1) & (t <= S + 1), other=0)
-    edge = tl.minimum(tl.maximum(edge, 0), total).to(tl.int32)
-    return tl.where(t > S + 1, total, edge)
-
-
-@triton.jit
-def _locate(slot, own_cu_ptr, other_cu_ptr, S, steps, own, other, BLOCK: tl.constexpr):
-    """-> (block, first own row, own rows, first other row, other rows) of the slot-th block of the owned axis.
-
-    A packed axis gives sequence t the slots from ⌊start_t / BLOCK⌋ + t on, at least as many as it needs, so the host
-    knows neither lengths nor their maximum; the sequence is found by bisection.
-    """
-    if own_cu_ptr is None:
-        return slot, 0, own, 0, other
-    else:
-        t = slot * 0
-        top = S + 1
-        for _ in range(steps):
-            middle = (t + top + 1) // 2
-            before = _edge(own_cu_ptr, middle, S, own) // BLOCK + middle <= slot
-            t = tl.where(before, middle, t)
-            top = tl.where(before, top, middle - 1)
-        first = _edge(own_cu_ptr, t, S, own)
-        count = tl.maximum(_edge(own_cu_ptr, t + 1, S, own) - first, 0)
-        other_first = _edge(other_cu_ptr, t, S, other)
-        other_count = tl.maximum(_edge(other_cu_ptr, t + 1, S, other) - other_first, 0)
-        other_count = tl.where((t >= 1) & (t <= S), other_count, 0)
-        return slot - first // BLOCK - t, first, count, other_first, other_count
-
-
-@triton.jit
-def _tiles(first, last, count, before, after, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr):
-    """Edges of three loops in steps of BLOCK over 0..count, for owned positions first..last that each see
-    [position − before, position + after]: tiles cut at the near end, tiles that all see whole, the rest.
-    Every edge is a multiple of BLOCK that the compiler can tell: else a bias loads one element at a time."""
-    low = 0
-    high = count
-    whole_low = 0
-    whole_high = count
-    if BEFORE:
-        low = tl.maximum(first - before, 0) // BLOCK * BLOCK
-        whole_low = tl.cdiv(tl.maximum(last - before, 0), BLOCK) * BLOCK
-    if AFTER:
-        high = tl.minimum(count, last + after + 1)
-        whole_high = tl.minimum(count, first + after + 1)
-    high = tl.maximum(tl.cdiv(tl.maximum(high, 0), BLOCK) * BLOCK, low)
-    whole_low = tl.minimum(whole_low, high)
-    whole_high = tl.maximum(tl.maximum(whole_high, 0) // BLOCK * BLOCK, whole_low)
-    return low, whole_low, whole_high, high
-
-
-@triton.jit
-def _bounds(p, length, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """The keys that queries at positions p: [BLOCK_M] see -> low or None, high: [BLOCK_M]"""
-    high = tl.minimum(p + (right + 1), length) if RIGHT else tl.zeros_like(p) + length
-    if LEFT:
-        return p - left, high
-    else:
-        return None, high
-
-
-@triton.jit
-def _rows(bound):
-    if bound is None:
-        return None
-    else:
-        return bound[:, None]
-
-
-@triton.jit
-def _length(lengths_ptr, b, N, M, ALIGN: tl.constexpr):
-    """-> (valid keys, position of query 0) of sequence b with N queries and M keys."""
-    if lengths_ptr is None:
-        return M, M - N
-    else:
-        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), M).to(tl.int32)
-        return length, (length if ALIGN else M) - N
-
-
-# ---- loads and stores ------------------------------------------------------------------------------------------------
-
-@triton.jit
-def _base(ptr, b, h, row, strides):
-    return (ptr + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
-            + tl.cast(row, tl.int64) * strides[2])
-
-
-@triton.jit
-def _pointers(base, rows, stride, BLOCK_D: tl.constexpr):
-    """rows: [R] offsets in elements -> [R, BLOCK_D]"""
-    return base + (rows[:, None] + tl.arange(0, BLOCK_D).to(tl.int64)[None, :] * stride)
-
-
-@triton.jit
-def _inside(valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """valid: [R] or None (every row is) -> mask [R or 1, BLOCK_D or 1], None where nothing is to be masked"""
-    cols = tl.arange(0, BLOCK_D)[None, :] < D
-    if valid is None:
-        if D == BLOCK_D:
-            return None
-        else:
-            return cols
-    else:
-        if D == BLOCK_D:
-            return valid[:, None]
-        else:
-            return valid[:, None] & cols
-
-
-@triton.jit
-def _load(base, rows, valid, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[R, BLOCK_D], zero where not valid: beyond a length there may be anything, and 0 · NaN is NaN"""
-    mask = _inside(valid, D, BLOCK_D)
-    if mask is None:
-        return tl.load(_pointers(base, rows, stride, BLOCK_D))
-    else:
-        return tl.load(_pointers(base, rows, stride, BLOCK_D), mask=mask, other=0)
-
-
-@triton.jit
-def _stream(source, b, h, first, start, rows, limit, strides, D: tl.constexpr, BLOCK_D: tl.constexpr,
-            BULK: tl.constexpr, FOREIGN: tl.constexpr):
-    """Rows start.. of a head, counted from its row `first` -> [R, BLOCK_D]. limit: None, or the number of valid rows:
-    those past it are zero or repeat the last, which needs no mask beside the one that the scores have.
-
-    BULK: source is a tensor descriptor, whose loads hold no addresses in registers and are zero beyond the tensor;
-    FOREIGN: past the last valid row lies something else than the tensor's end.
-    """
-    if BULK:
-        tile = source.load([b.to(tl.int32), h.to(tl.int32), first + start, 0])
-        tile = tl.reshape(tile, (rows.shape[0], BLOCK_D))
-        if FOREIGN and limit is not None:
-            tile = tl.where((rows < limit)[:, None], tile, 0.0)
-        return tile
-    else:
-        if limit is not None:
-            rows = tl.minimum(rows, limit - 1)
-        return _load(_base(source, b, h, first, strides), rows.to(tl.int64) * strides[2], None, strides[3], D, BLOCK_D)
-
-
-@triton.jit
-def _paged(source, h, j, limit, table_ptr, pages, strides, PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Keys j of a head through its block table's row -> [BLOCK_N, BLOCK_D], past the limit repeating the last"""
-    if limit is not None:
-        j = tl.minimum(j, limit - 1)
-    page = tl.load(table_ptr + j // PAGE)
-    page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
-    rows = page * strides[0] + (j % PAGE).to(tl.int64) * strides[2]
-    return _load(_base(source, 0, h, 0, strides), rows, None, strides[3], D, BLOCK_D)
-
-
-@triton.jit
-def _store(base, rows, valid, stride, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    ptrs = _pointers(base, rows, stride, BLOCK_D)
-    tl.store(ptrs, tile.to(base.dtype.element_ty), mask=_inside(valid, D, BLOCK_D))
-
-
-@triton.jit
-def _load_bias(base, i, j, N, length, strides, MASKED: tl.constexpr):
-    """i, j: [BLOCK_M, 1], [1, BLOCK_N] or both transposed"""
-    mask = i < N
-    if MASKED:
-        mask = mask & (j < length)
-    return tl.load(base + i.to(tl.int64) * strides[2] + j.to(tl.int64) * strides[3], mask=mask, other=0)
-
-
-@triton.jit
-def _load_slope(slopes_ptr, b, h, strides):
-    if slopes_ptr is None:
-        return None
-    else:
-        return tl.load(slopes_ptr + b * strides[0] + h * strides[1])
-
-
-@triton.jit
-def _load_rows(ptr, i, limit, other):
-    if limit is None:
-        return tl.load(ptr + i)
-    else:
-        return tl.load(ptr + i, mask=i < limit, other=other)
-
-
-# ---- tile mathematics; p, j: [BLOCK_M, 1] and [1, BLOCK_N], or, where keys are the rows, both transposed -------------
-
-@triton.jit
-def _dot(a, b, acc):
-    """Exact for fp32 as well: never TF32."""
-    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
-
-
-@triton.jit
-def _products(a, b, ACC: tl.constexpr):
-    """[R, D] · [C, D] -> a bᵀ: [R, C]"""
-    return tl.dot(a, tl.trans(b), input_precision="ieee", out_dtype=ACC)
-
-
-@triton.jit
-def _tanh(x, EXACT: tl.constexpr):
-    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
-    t = (1 - e) / (1 + e)
-    t = tl.where(x < 0, -t, t)
-    if EXACT:  # 1 − e cancels near 0: there, the odd series up to x¹¹
-        z = x * x
-        series = ((((-1382 / 155925 * z + 62 / 2835) * z - 17 / 315) * z + 2 / 15) * z - 1 / 3) * z
-        t = tl.where(tl.abs(x) < 0.25, x + x * series, t)
-    return t
-
-
-@triton.jit
-def _scores(s, p, j, bias, slope, x, low, high, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
-            MASKED: tl.constexpr):
-    """Products s = q·k -> (scores times log2 e, −inf where masked; derivative of the softcap). MASKED: the streamed
-    index x is seen by an owned row from its low up to its high: bounds by row, since a thread holds few rows."""
-    slack = 1.0
-    if SOFTCAP:
-        t = _tanh(s * (scale / softcap), EXACT)
-        s = t * (softcap * LOG2E)
-        slack = 1 - t * t
-    else:
-        s = s * (scale * LOG2E)
-    if bias is not None:
-        if bias.dtype == tl.int1:
-            s = tl.where(bias, s, float("-inf"))
-        else:  # the dtype's lowest number, times log2 e, would be −inf and mask
-            bias = bias.to(s.dtype)
-            s += tl.where((bias < -1e38) & (bias > float("-inf")), -1e38, bias) * LOG2E
-    if slope is not None:
-        s -= slope * LOG2E * tl.abs(p - j).to(s.dtype)
-    if MASKED:
-        if high is None:
-            seen = x >= low
-        elif low is None:
-            seen = x < high
-        else:
-            seen = (x >= low) & (x < high)
-        s = tl.where(seen, s, float("-inf"))
-    return s, slack
-
-
-@triton.jit
-def _keep(seed_ptr, i, start, row, threshold, BLOCK_N: tl.constexpr):
-    """Dropout's mask for query rows i: [BLOCK_M] and keys start..start + BLOCK_N (start % 4 = 0) of row b·H + h.
-    Philox gives four words to a counter: those of four neighbouring keys."""
-    quads = start // 4 + tl.arange(0, BLOCK_N // 4)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), quads[None, :], i[:, None], row, 0)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_M, BLOCK_N / 4, 2, 2]
-    return tl.reshape(words, (i.shape[0], BLOCK_N)) >= tl.cast(threshold, tl.uint32)
-
-
-@triton.jit
-def _probabilities(s, lse, bias):
-    """Scores s, lse (base 2) -> P"""
-    prob = tl.exp2(s - lse)
-    if bias is not None:  # lse of a row of huge negative scores is rounded
-        prob = tl.where(prob > 1, 1.0, prob)
-    return prob
-
-
-@triton.jit
-def _dropped(x, keep, inv_keep):
-    if keep is None:
-        return x
-    else:
-        return tl.where(keep, x * inv_keep, 0.0)
-
-
-@triton.jit
-def _grad_scores(prob, dp, delta, bias, MASKED: tl.constexpr):
-    """dS before the softcap"""
-    ds = prob * (dp - delta)
-    if MASKED or bias is not None:  # 0 · NaN would let a masked value through
-        ds = tl.where(prob == 0, 0.0, ds)
-    return ds
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -323,7 +67,8 @@ def _forward(
         H, GROUP, N, M, S, steps, blocks, splits, part, pages, left, right, scale, softcap, threshold, inv_keep,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr,
         LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FLIP: tl.constexpr, ALIGN: tl.constexpr,
-        PACK: tl.constexpr, SPLIT: tl.constexpr, BULK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        PACK: tl.constexpr, SPLIT: tl.constexpr, BULK: tl.constexpr, BY_FMA: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr):
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     FOREIGN: tl.constexpr = (lengths_ptr is not None) or (cu_k_ptr is not None)
@@ -399,7 +144,7 @@ def _forward(
                 prob = tl.exp2(s - new_top[:, None])
             else:  # scaling joins the subtraction in one multiply-add
                 new_top = tl.maximum(top, tl.max(s, 1) * (scale * LOG2E))
-                prob = tl.exp2(s * (scale * LOG2E) - new_top[:, None])
+                prob = _exp2(s * (scale * LOG2E) - new_top[:, None], BY_FMA)
             decay = tl.exp2(top - new_top)
             total = total * decay + tl.sum(prob, 1)
             if seed_ptr is not None:
@@ -678,6 +423,9 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
                    "gfx90a": 104, "gfx942": 304, "gfx950": 256}
 BULK_TARGETS = {"sm_90", "sm_100", "interpreter"}  # sm_120 has them, but its mma.sync takes tiles through registers
+# Where the special-function unit limits the forward pass: see _exp2. In the bits named a thread's own registers differ,
+# so each computes only what it keeps: 2 of 64 exponentials by multiply-adds, and 4 where there is time for more.
+BY_FMA = {("sm_90", 64): 0b1111001, ("sm_100", 64): 0b111001, ("sm_100", 128): 0b111101, ("interpreter", 64): 0b1001}
 FAMILIES = {"sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma 120", "gfx90a": "mfma", "gfx942": "mfma",
             "gfx950": "mfma"}  # else "mma"
 
@@ -686,7 +434,7 @@ FAMILIES = {"sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma 120", "gfx90a"
 # is for 2-byte inputs with windows and lengths only; bias, ALiBi, softcap and dropout cost registers, hence "scored".
 CONFIGS = {
     "mma": {"forward": ((128, 32, 4, 2), (128, 64, 8, 2), (32, 64, 4, 2)),
-            "grad_q": ((128, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2)),
+            "grad_q": ((128, 32, 4, 2), (128, 64, 8, 2), (32, 32, 4, 2)),
             "grad_kv": ((32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 2))},
     "wgmma": {"forward": ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
               "grad_q": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
@@ -704,7 +452,7 @@ CONFIGS = {
                "decode": ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
                "grad_q": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
                "grad_kv": ((32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-               "grad_bias": ((16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2))},
+               "grad_bias": ((32, 64, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2))},
     "fp32": {"forward": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
              "decode": ((16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
              "grad_q": ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
@@ -835,12 +583,13 @@ def forward(query, key, value, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu
     if splits > 1:
         part, part_lse, part_strides = scratch, scratch[splits * B * H * N * DV:], (H * N * DV, N * DV, DV, 1)
     k, v, bulk = (key, value, False) if block_table is not None else _bulk(block_n, key, value)
+    by_fma = BY_FMA.get((_target(), max(64, _padded(max(D, DV)))), 0) if query.dtype.itemsize == 2 else 0
     _forward[(blocks * splits * B * (Hk if pack else H),)](
         query, k, v, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, block_table, seed, part, part_lse,
         query.stride(), key.stride(), value.stride(), _broadcast(bias), _broadcast(alibi_slopes), part_strides,
         H, group, N, M, S, steps, blocks, splits, B * H * N, pages, *windows, abs(scale), softcap, *dropout,
         D, DV, _padded(D), _padded(DV), page, *sides, softcap > 0, scale < 0, align_lengths, pack, splits > 1, bulk,
-        block_m, block_n, **options)
+        by_fma, block_m, block_n, **options)
     if splits > 1:
         _merge[(triton.cdiv(B * H * N, 16),)](
             part, part_lse, out, lse, out.stride(), H, N, B * H * N, splits, DV, _padded(DV), 16)

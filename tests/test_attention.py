@@ -21,6 +21,18 @@ REASON = unavailable(TRITON if INTERPRET else CPU, "cpu")
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=f"{BACKEND}: {REASON}")
 
 
+if INTERPRET:
+    import triton
+    import triton.language as tl
+
+    from pykernels.kernels import attention_tiles
+
+    @triton.jit
+    def exp2_by_fma(x_ptr, y_ptr, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(y_ptr + i, attention_tiles._exp2_by_fma(tl.load(x_ptr + i)))
+
+
 def draw(*shape, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype)
 
@@ -155,6 +167,38 @@ def test_element_offsets_past_two_to_the_31():
 
 
 @needs_kernels
+@pytest.mark.triton
+@pytest.mark.skipif(not INTERPRET, reason="a device function, run in Triton's interpreter")
+def test_exponentials_by_multiply_adds():
+    edges = [
+        -math.inf,
+        -3e38,
+        -1e38,
+        -127.5,
+        -127,
+        -126.75,
+        -126.5,
+        -126.25,
+        -126,
+        -1.5,
+        -0.5,
+        -1e-30,
+        -0.0,
+        0,
+        math.nan,
+    ]
+    x = torch.cat([torch.tensor(edges), -130 * torch.rand(4096 - len(edges))])
+    x[-1000:] /= 130  # where probabilities are worth something
+    y = torch.empty_like(x)
+    exp2_by_fma[(1,)](x, y, len(x))
+    expected = x.double().exp2()
+    assert torch.equal(y.isnan(), x.isnan())
+    assert (y[x <= -127] == 0).all()
+    assert (y[x == 0] == 1).all()
+    error = (y.double() - expected).abs().nan_to_num()
+    assert (error <= 1.02e-4 * expected.nan_to_num() + 2.0**-126).all()
+
+
 @pytest.mark.triton
 def test_what_lies_past_the_lengths_is_never_read():
     """NaN there and zeros there give the same bits, outputs and gradients."""
