@@ -14,7 +14,7 @@ test: $(INSTALLED)  ## everything; the interpreter's and the compiler's tests in
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_attention.py -n 2
 
 audit: $(INSTALLED)  ## compile every GPU kernel for every target and judge the result; needs no GPU
-	$(BIN)/python -m pykernels audit --json bench-results/audit.json
+	$(BIN)/python -m pykernels audit --baseline tests/audit_baseline.tsv --json bench-results/audit.json
 
 check: $(INSTALLED)  ## every op on every backend against its fp64 reference
 	$(BIN)/python -m pykernels check

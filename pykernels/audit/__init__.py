@@ -38,6 +38,7 @@ def audit(
     *,
     dtypes: Iterable[torch.dtype] = DTYPES,
     samples: bool = False,
+    representative: bool = False,
     jobs: int | None = None,
     track: Track = lambda label, items, total=None: items,
 ) -> list[Row]:
@@ -49,21 +50,25 @@ def audit(
         ops: names; all unless given.
         targets: sm_90 and the like; all of GPUS unless given.
         samples: also the launches of the ops' test samples: every option, odd sizes. Takes several times as long.
+        representative: only the workloads that the baseline is about, and its targets and dtypes.
         jobs: processes that compile; as many as there are cores unless given, 0 for this one alone.
         track: wraps the sequences that take time.
     """
     if INTERPRET:
         raise RuntimeError("the audit compiles kernels, which TRITON_INTERPRET=1 prevents: unset it")
     names, targets = list(list_ops() if ops is None else ops), list(GPUS if targets is None else targets)
+    if representative:
+        targets = [target for target in targets if target in baseline.TARGETS]
+        dtypes = [dtype for dtype in dtypes if _name(dtype) in baseline.DTYPES]
     for what, asked, known in (("op", names, list_ops()), ("target", targets, list(GPUS))):
         if unknown := [name for name in asked if name not in known]:
             raise ValueError(f"{what}: expected one of {', '.join(known)}, got {unknown[0]!r}")
     triton = [name for name in names if "triton" in OPS[name].supports]
-    launches, rows = _record_all(triton, targets, dtypes, samples, track)
+    launches, rows = _record_all(triton, targets, dtypes, samples, representative, track)
     jobs = os.cpu_count() if jobs is None else jobs
     rows += _inspect_all(launches, jobs, track)
     if cuda.unavailable() is None:
-        shown = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        shown = [_name(dtype) for dtype in dtypes]
         found = _inspect_cuda(names, targets, jobs, track)
         rows += [row for row in found if row.dtype in ("", *shown)]
     order = {target: place for place, target in enumerate(GPUS)}
@@ -71,7 +76,12 @@ def audit(
 
 
 def _record_all(
-    names: list[str], targets: list[str], dtypes: Iterable[torch.dtype], samples: bool, track: Track
+    names: list[str],
+    targets: list[str],
+    dtypes: Iterable[torch.dtype],
+    samples: bool,
+    representative: bool,
+    track: Track,
 ) -> tuple[list[Launch], list[Row]]:
     """(the distinct launches, a row for each input whose launches could not be recorded)."""
     plan = [
@@ -79,14 +89,14 @@ def _record_all(
         for name in names
         for sample in (*OPS[name].workloads, *(OPS[name].samples if samples else ()))
         for dtype in dtypes
-        if dtype in OPS[name].dtypes
+        if dtype in OPS[name].dtypes and (not representative or baseline.is_representative(name, sample.label))
     ]
-    launches: dict[str, Launch] = {}
+    launches: dict[tuple[str, str], Launch] = {}  # by op and key: each op has its own rows
     rows = []
     for op, sample, dtype in track("recording", plan):
         try:
             for launch in record(op, sample, dtype, targets):
-                first = launches.setdefault(launch.key, launch)
+                first = launches.setdefault((op.name, launch.key), launch)
                 first.intensity = launch.intensity if first.intensity is None else first.intensity
                 if sample.label not in first.inputs:
                     first.inputs.append(sample.label)
@@ -94,9 +104,8 @@ def _record_all(
             continue  # the reference serves these inputs
         except Exception:
             reason = ("compile", f"no launch was recorded: {traceback.format_exc(limit=-1).strip()}")
-            shown = str(dtype).removeprefix("torch.")
             rows += [
-                Row(op.name, "", target, GPUS[target].name, shown, {}, [sample.label], failures=[reason])
+                Row(op.name, "", target, GPUS[target].name, _name(dtype), {}, [sample.label], failures=[reason])
                 for target in targets
             ]
     return list(launches.values()), rows
@@ -151,6 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", nargs="+", choices=list(GPUS), metavar="T", help=f"among {', '.join(GPUS)}")
     parser.add_argument("--dtype", nargs="+", choices=[_name(dtype) for dtype in DTYPES], help="all three unless given")
     parser.add_argument("--samples", action="store_true", help="also every option and odd size that the tests try")
+    parser.add_argument("--representative", action="store_true", help="only the workloads that the baseline is about")
     parser.add_argument("--jobs", type=int, help="compiling processes; one a core unless given")
     parser.add_argument("--failures", action="store_true", help="tabulate only what fails")
     parser.add_argument("--json", metavar="FILE", help="write everything there is to know to a file")
@@ -174,7 +184,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             rows = audit(
-                args.ops or None, args.target, dtypes=dtypes, samples=args.samples, jobs=args.jobs,
+                args.ops or None, args.target, dtypes=dtypes,
+                samples=args.samples, representative=args.representative, jobs=args.jobs,
                 track=lambda label, items, total=None: progress.track(items, total or len(items), description=label),
             )  # fmt: skip
     except (ValueError, RuntimeError) as error:

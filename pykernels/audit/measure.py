@@ -72,6 +72,11 @@ class Row:
     excused: list[tuple[str, str, str]] = field(default_factory=list)  # … and the kernel's reason why it may be
 
     @property
+    def cuda(self) -> bool:
+        """Whether this is a CUDA kernel: all of them that were compiled have a file for an input."""
+        return self.inputs[0].endswith(".cu")
+
+    @property
     def configuration(self) -> str:
         """Settings in a few words."""
         if not self.warps:

@@ -109,8 +109,8 @@ def write_markdown(rows: Iterable[Row], path: str) -> None:
     ]
     for row in rows:
         if row.in_loop:
-            dram = row.limit == "DRAM" or not row.tensor
-            work = f"{row.flops / 1e6:.3g} MFLOP" if row.flops and not dram else f"{row.bytes / 1e3:.3g} kB"
+            by_bytes = row.limit == "DRAM" or not row.flops
+            work = f"{row.bytes / 1e3:.3g} kB" if by_bytes else f"{row.flops / 1e6:.3g} MFLOP"
             ratio = f"{row.slots_per_kflop:.3g}" if row.slots_per_kflop else "–"
             cells = (
                 f"{row.op} `{row.kernel}` {row.configuration}", SHORT.get(row.dtype, row.dtype), row.target,
