@@ -168,6 +168,10 @@ def inspect_file(file: pathlib.Path, target: str) -> tuple[list[Row], set[int]]:
     judged = get_cache_manager(hashlib.sha256(f"{key} {_OWN_SOURCE}".encode()).hexdigest())
     if stored := judged.get_file("audit.json"):
         known = json.loads(pathlib.Path(stored).read_text())
+        for row in known["rows"]:
+            row["failures"], row["excused"] = (
+                [tuple(entry) for entry in row[name]] for name in ("failures", "excused")
+            )
         return [Row(**row) for row in known["rows"]], set(known["used"])
     stored = [cache.get_file(f"kernels.{kind}") for kind in ("cubin", "ptx")]
     if not all(stored):
