@@ -388,7 +388,7 @@ def test_each_unit_can_be_the_limit(instructions, work, limit):
     got = model.estimate(loop, 4, model.GPUS["sm_80"], work)
     assert got.limit == limit
     assert got.overlapped == (1 if limit in ("tensor", "FMA", "DRAM") else pytest.approx(got.overlapped))
-    assert got.serial <= got.overlapped
+    assert got.serial <= got.overlapped or limit in ("issue", "L2")  # which are not in the sum
 
 
 def test_tiles_and_dots_of_the_source():
