@@ -4,8 +4,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # pytest -n has more thread
 
 import pytest
 import torch
+from cuda_host import build, host
+
+if host.MODE and build.missing() is None:
+    host.load()  # the registry looks for its entries when it is imported
 
 from pykernels.registry import INTERPRET
+
+if INTERPRET:
+    # Each call of a device function makes Triton's language the interpreter's anew, which takes more than half of the
+    # time: here it is done once a module, for good.
+    from triton.runtime import interpreter
+
+    patched, patch = {}, interpreter._patch_lang
+    interpreter._patch_lang = lambda fn: patched.get(fn.__module__) or patched.setdefault(fn.__module__, patch(fn))
+    interpreter._LangPatchScope.restore = lambda scope: None
 
 torch.set_num_threads(2)  # how work is split depends on it, and the samples' sizes reach each way with two
 
@@ -19,8 +32,9 @@ def fresh_seed(request):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Under TRITON_INTERPRET=1 only what is about the interpreter runs: compiled kernels need another process."""
-    if INTERPRET:
-        wanted = [item for item in items if "triton" in item.keywords]
+    """Under TRITON_INTERPRET=1 or CUDA_ON_HOST only what is about these runs: the rest needs another process."""
+    marker = "triton" if INTERPRET else "cuda_host" if host.MODE else None
+    if marker:
+        wanted = [item for item in items if marker in item.keywords]
         config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
         items[:] = wanted

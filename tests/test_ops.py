@@ -1,6 +1,8 @@
 """Every op on every backend, from its declaration alone: values, gradients, second order, compile, layouts.
 
-In the ordinary process the CPU kernels are under test; with TRITON_INTERPRET=1 Triton's, in its interpreter.
+In the ordinary process the CPU kernels are under test; with TRITON_INTERPRET=1 Triton's, in its interpreter; by
+tests/cuda_host/run.py the CUDA kernels, compiled for the CPU. There a sample's values are held to the rule in one
+order of the threads, a new one on every run, and must be the same, to the bit, in the others.
 """
 
 import functools
@@ -8,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from cuda_host import build, host
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils import _pytree as pytree
@@ -15,13 +18,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pykernels as pk
 from pykernels.check import bind_gradient, compare_sample, differentiate, evaluate, float_leaves, is_float
-from pykernels.registry import CPU, INTERPRET, OPS, TRITON, BackendDeclined, unavailable
+from pykernels.registry import BACKENDS, CPU, CUDA, INTERPRET, OPS, TRITON, BackendDeclined, unavailable
 
-BACKEND = "triton" if INTERPRET else "cpu"
-REASON = unavailable(TRITON if INTERPRET else CPU, "cpu")
+ON_HOST = bool(host.MODE)
+ID = TRITON if INTERPRET else CUDA if ON_HOST else CPU
+BACKEND = BACKENDS[ID]
+REASON = (build.missing() if ON_HOST else None) or unavailable(ID, "cpu")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=f"{BACKEND}: {REASON}"), pytest.mark.triton]
+
+
+def tested(op, dtype):
+    if ON_HOST:
+        return BACKEND in op.supports and dtype != "fp64"
+    return not (INTERPRET and dtype == "bf16")
 
 
 def over(dtypes=DTYPES, samples=lambda op: op.samples, thin=1):
@@ -30,7 +41,7 @@ def over(dtypes=DTYPES, samples=lambda op: op.samples, thin=1):
         pytest.param(op, dtype, sample, id=f"{op.name}-{name}-{sample.label}")
         for op in OPS.values()
         for name, dtype in DTYPES.items()
-        if name in dtypes and dtype in op.dtypes and not (INTERPRET and name == "bf16")
+        if name in dtypes and dtype in op.dtypes and tested(op, name)
         for sample in samples(op)[:: thin if INTERPRET and name != "fp32" else 1]
     ]
     return pytest.mark.parametrize(("op", "dtype", "sample"), cases)
@@ -38,7 +49,7 @@ def over(dtypes=DTYPES, samples=lambda op: op.samples, thin=1):
 
 def small(op):
     """Samples that finite differences can afford: every option, few numbers."""
-    return [s for s in op.samples if size(s) <= (1500 if INTERPRET else 6000)]
+    return [s for s in op.samples if size(s) <= (800 if INTERPRET else 6000)][:: 2 if INTERPRET else 1]
 
 
 def size(sample):
@@ -59,8 +70,15 @@ def compare_or_skip(*args):
         pytest.skip(str(declined))
 
 
-@over(thin=3)
+def random_order():
+    return f"random:{torch.initial_seed()}"
+
+
+@over(thin=4)
+@pytest.mark.cuda_host
 def test_values_and_gradients(op, dtype, sample):
+    if ON_HOST:
+        host.set_order(random_order())
     holds(compare_or_skip(op, sample, dtype, "cpu", BACKEND))
 
 
@@ -74,7 +92,8 @@ def restride(tensor):
     return view
 
 
-@over(dtypes=("fp32", "bf16"), samples=lambda op: op.samples[:: 5 if INTERPRET else 1])
+@over(dtypes=("fp32", "bf16"), samples=lambda op: op.samples[:: 7 if INTERPRET else 1])
+@pytest.mark.cuda_host
 def test_strided_inputs(op, dtype, sample):
     holds(compare_or_skip(op, sample, dtype, "cpu", BACKEND, functools.partial(pytree.tree_map, restride)))
 
@@ -106,7 +125,7 @@ def test_gradcheck(op, dtype, sample):
         pytest.skip(str(declined))
 
 
-@over(dtypes=("fp64",), samples=lambda op: small(op)[:: 6 if INTERPRET else 1] if op.differentiable else [])
+@over(dtypes=("fp64",), samples=lambda op: small(op)[:: 2 if INTERPRET else 1] if op.differentiable else [])
 def test_gradgradcheck(op, dtype, sample):
     function, tensors = differentiable(op, sample)
     sizes = [t.shape for t in tensors]
@@ -123,19 +142,30 @@ def test_gradgradcheck(op, dtype, sample):
 
 
 @over(dtypes=("fp32", "bf16"))
+@pytest.mark.cuda_host
 @pytest.mark.skipif(
     INTERPRET, reason="values are run twice bitwise on the native kernel; the interpreter is one thread"
 )
 def test_same_bits_from_run_to_run(op, dtype, sample):
+    """... and in every order of a CUDA kernel's threads."""
     call, leaves = bind_gradient(op.function, sample.make(dtype, "cpu"), op.differentiable)
 
-    def run():
+    def run(order=None):
+        if order:
+            host.set_order(order)
         torch.manual_seed(3)
-        values = pytree.tree_leaves(call())
-        return values + differentiate(float_leaves(values), list(leaves.values()))
+        with pk.use_backend(BACKEND):
+            values = pytree.tree_leaves(call())
+            values += differentiate(float_leaves(values), list(leaves.values()))
+        return [value.nan_to_num(1e30) for value in values]
 
-    for first, second in zip(run(), run(), strict=True):
-        assert torch.equal(first.nan_to_num(1e30), second.nan_to_num(1e30))
+    orders = ("forward", "reverse", random_order()) if ON_HOST else (None, None)
+    try:
+        first, *others = [run(order) for order in orders]
+    except BackendDeclined as declined:
+        pytest.skip(str(declined))
+    for other in others:
+        assert all(map(torch.equal, first, other))
 
 
 @over(dtypes=("fp32", "bf16"))

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..checks import can_read, expect, expect_alike, expect_device, expect_tensor, expect_type
 from ..registry import (
     FLOATS,
+    INTERPRET,
     Sample,
     Workload,
     autocast,
@@ -676,11 +677,11 @@ def _samples(name, op):
         Sample("odd sizes", op(6, 5, 3, 19)),
         Sample("no state, no bias", op(4, 3, 5, 6, bias=False, state=False)),
         Sample("one", op(1, 1, 1, 1), _FEW),
-        Sample("one sequence", op(40, 1, 20, 48)),
-        Sample("one sequence, wide", op(12, 1, 100, 200)),
-        Sample("several tiles", op(12, 18, 33, 70)),
+        Sample("one sequence", op(8 if INTERPRET else 40, 1, 20, 48)),
+        Sample("one sequence, wide", op(4 if INTERPRET else 12, 1, 100, 200)),
+        Sample("several tiles", op(4 if INTERPRET else 12, 18, 33, 70)),
         Sample("many sequences", op(3, 70, 40, 33)),
-        Sample("long", op(100, 2, 8, 24)),
+        Sample("long", op(20 if INTERPRET else 100, 2, 8, 24)),
         Sample("wide input, few steps", op(2, 2, 130, 10)),
         Sample("reverse", op(7, 4, 5, 20, reverse=True)),
         Sample("lengths", op(7, 5, 6, 18, lengths=(3, 7, 0, 1, 5))),
