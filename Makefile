@@ -15,7 +15,7 @@ test: $(INSTALLED)  ## everything; Triton's interpreter and CUDA kernels on the 
 	$(BIN)/python tests/cuda_host/run.py tests/test_ops.py -n 2
 
 audit: $(INSTALLED)  ## compile every GPU kernel for every target and judge the result; needs no GPU
-	$(BIN)/python -m pykernels audit --json bench-results/audit.json
+	$(BIN)/python -m pykernels audit --baseline tests/audit_baseline.tsv --json bench-results/audit.json
 
 check: $(INSTALLED)  ## every op on every backend against its fp64 reference
 	$(BIN)/python -m pykernels check

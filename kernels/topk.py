@@ -367,3 +367,13 @@ def _search_some(query, keys, scale, scores, indices):
     rows, options = rows_of(width)
     _merge[(triton.cdiv(N * H, rows),)](
         lists, scores, indices, N, H, blocks, splits, k, block_m, K, width, rows, **options)
+
+
+# What `python -m pykernels audit` may find here, and why it is shipped all the same.
+AUDIT_EXCEPTIONS = [
+    dict(kernel="_search", check="spill", where={"dtype": "float32", "target": ("sm_80", "sm_100", "sm_120")},
+         reason="exact fp32 tiles need two to six registers too many; with 255 registers some sizes still spill, with "
+                "eight warps some spill more and others lose half of their share"),
+    dict(kernel="_merge", check="spill", where={"dtype": "float32", "target": "sm_100", "WIDTH": 2048},
+         reason="8 bytes, outside every loop"),
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import pathlib
 import sys
 import types
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 
 from pykernels import audit, registry
-from pykernels.audit import disassembly, ir, measure, model, recorder
+from pykernels.audit import baseline, disassembly, ir, measure, model, recorder
 
 triton = pytest.importorskip("triton", reason="the audit compiles Triton kernels")
 if registry.INTERPRET:
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
 import triton.language as tl  # noqa: E402
 
+BASELINE = pathlib.Path(__file__).with_name("audit_baseline.tsv")
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 AUDIT_EXCEPTIONS = [
     dict(kernel="gather", check="narrow load", where={"STEP": (3, 5)}, reason="a stride of three has no wide load"),
@@ -367,6 +369,28 @@ def test_estimate_of_a_loop_that_is_known():
     assert hopper.clocks["tensor"] == pytest.approx(512 / 0.62)  # mma.sync does not reach Hopper's rate
 
 
+@pytest.mark.parametrize(
+    ("instructions", "work", "limit"),
+    [
+        ([("HMMA.16816.F32", "R4, R8, R10, R4")] * 4, "tensor", "tensor"),
+        ([("FFMA", "R0, R1, R2, R3")] * 4, "FMA", "FMA"),
+        ([("FFMA", "R0, R1, R2, R3")] * 4 + [("MUFU.EX2", "R5, R4")] * 4, "FMA", "MUFU"),
+        ([("FFMA", "R0, R1, R2, R3")] * 4 + [("IADD3", "R5, R4, R3, RZ")] * 5, "FMA", "integer"),
+        ([("FFMA", "R0, R1, R2, R3")] * 4 + [("UIADD3", "UR5, UR4, UR3, URZ")] * 9, "FMA", "issue"),
+        ([("FFMA", "R0, R1, R2, R3")] * 4 + [("LDS.128", "R4, [R8]")] * 4, "FMA", "shared memory"),
+        ([("FFMA", "R0, R1, R2, R3")] * 4 + [("UTMALDG.2D", "[UR4], [UR8]")], "FMA", "L2"),
+        ([("LDG.E.128", "R4, desc[UR4][R8.64]")] * 4, "DRAM", "DRAM"),
+    ],
+)
+def test_each_unit_can_be_the_limit(instructions, work, limit):
+    loop = disassembly.count((disassembly.Instruction(*what) for what in instructions), 32)
+    loop.global_bytes += 1024 * len(loop.bulk)  # whose size the audit knows from the source
+    got = model.estimate(loop, 4, model.GPUS["sm_80"], work)
+    assert got.limit == limit
+    assert got.overlapped == (1 if limit in ("tensor", "FMA", "DRAM") else pytest.approx(got.overlapped))
+    assert got.serial <= got.overlapped or limit in ("issue", "L2")  # which are not in the sum
+
+
 def test_tiles_and_dots_of_the_source():
     x = torch.empty(64, 64)
     ttir = launch("sm_80", product, x, x, x, x, 1024, 64, 32, 16).compile().asm["ttir"]
@@ -464,22 +488,29 @@ def test_a_compiler_that_dies_names_its_victim(tmp_path, monkeypatch):
     assert [failed(row) for row in rows] == [["compile"], []]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize(
-    ("name", "sizes", "kernels"),
-    [
-        ("attention", ("D64 causal", "D128 causal"), {"_forward", "_grad_q", "_grad_kv"}),
-        ("lstm", ("T256 H256", "T64 H256"), {"_step", "_step_backward"}),
-    ],
-)
-def test_kernels_as_they_are_shipped(name, sizes, kernels, target):
-    """Forward and backward of the commonest sizes; `make audit` compiles every configuration for every target."""
-    op = registry.OPS[name]
-    works = [work for work in op.workloads if work.label.endswith(sizes)]
+SHIPPED = {  # op → (the end of a workload's name, kernels that it runs)
+    "attention": ("N1024 D64 causal", {"_forward", "_grad_q", "_grad_kv"}),
+    "lstm": ("B1 T256 H256", {"_step", "_step_backward"}),
+    "wkv4": ("B1 T1024 C768", None),
+    "wkv6": ("B4 T512 H12 K64", None),
+    "wkv7": ("B4 T512 H12 K64", None),
+    "topk_search": ("M65536 d128 n256 k32", {"_search", "_merge"}),
+    "weighted_gather": ("M65536 dv1024 n256 k32", {"_forward"}),
+}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_kernels_as_they_are_shipped(name, target):
+    """One size of each family, forward and backward; `make audit` compiles every configuration for every target."""
+    op, (size, kernels) = registry.OPS[name], SHIPPED[name]
+    works = [work for work in op.workloads if work.label.endswith(size)]
     launches = {launch.key: launch for work in works for launch in recorder.record(op, work, torch.bfloat16, [target])}
     rows = [measure.inspect(launch) for launch in launches.values()]
-    assert {row.kernel for row in rows} >= kernels
+    assert {row.kernel for row in rows} >= (kernels or set())
+    baseline.compare(BASELINE, rows)
     for row in rows:
-        assert not row.failures, f"{row.kernel} {row.settings}: {row.failures}"
+        assert not row.failures, f"{row.kernel} {row.configuration}: {row.failures}"
         assert row.spilled == 0, row.kernel
-        assert row.tensor, row.kernel
+        if name in ("attention", "lstm"):
+            assert row.tensor, row.kernel

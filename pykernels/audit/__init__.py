@@ -1,7 +1,8 @@
-"""`python -m pykernels audit`: what the compilers make of every Triton kernel for every GPU, known without a GPU.
+"""`python -m pykernels audit`: what the compilers make of every kernel for every GPU, known without a GPU.
 
-recorder.py learns what real launches would compile, measure.py compiles it and finds the hot loop with disassembly.py
-and ir.py, model.py says how fast that loop could be, report.py prints.
+recorder.py learns what real launches of Triton kernels would compile, measure.py compiles it and finds the hot loop
+with disassembly.py and ir.py, cuda.py does the same for csrc/*.cu, model.py says how fast that loop could be,
+baseline.py compares with what was committed, report.py prints.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -21,14 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..registry import INTERPRET, OPS, BackendDeclined, list_ops
-from . import report
+from . import baseline, cuda, report
 from .measure import Row, blank, inspect
 from .model import GPUS
 from .recorder import Launch, record
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-Track = Callable[[str, Sequence], Iterable]  # shows progress over a sequence
+Track = Callable[..., Iterable]  # (label, items, how many there are unless they know) shows progress over them
 
 
 def audit(
@@ -37,33 +38,50 @@ def audit(
     *,
     dtypes: Iterable[torch.dtype] = DTYPES,
     samples: bool = False,
+    representative: bool = False,
     jobs: int | None = None,
-    track: Track = lambda label, items: items,
+    track: Track = lambda label, items, total=None: items,
 ) -> list[Row]:
     """Compile and inspect every launch that the ops' workloads reach, in each dtype, for each target.
 
+    Beside them every CUDA kernel of theirs, unless cuda.unavailable().
+
     Args:
-        ops: names; all that have a Triton kernel unless given.
+        ops: names; all unless given.
         targets: sm_90 and the like; all of GPUS unless given.
         samples: also the launches of the ops' test samples: every option, odd sizes. Takes several times as long.
+        representative: only the workloads that the baseline is about, and its targets and dtypes.
         jobs: processes that compile; as many as there are cores unless given, 0 for this one alone.
         track: wraps the sequences that take time.
     """
     if INTERPRET:
         raise RuntimeError("the audit compiles kernels, which TRITON_INTERPRET=1 prevents: unset it")
     names, targets = list(list_ops() if ops is None else ops), list(GPUS if targets is None else targets)
+    if representative:
+        targets = [target for target in targets if target in baseline.TARGETS]
+        dtypes = [dtype for dtype in dtypes if _name(dtype) in baseline.DTYPES]
     for what, asked, known in (("op", names, list_ops()), ("target", targets, list(GPUS))):
         if unknown := [name for name in asked if name not in known]:
             raise ValueError(f"{what}: expected one of {', '.join(known)}, got {unknown[0]!r}")
-    names = [name for name in names if "triton" in OPS[name].supports]
-    launches, rows = _record_all(names, targets, dtypes, samples, track)
-    rows += _inspect_all(launches, os.cpu_count() if jobs is None else jobs, track)
+    triton = [name for name in names if "triton" in OPS[name].supports]
+    launches, rows = _record_all(triton, targets, dtypes, samples, representative, track)
+    jobs = os.cpu_count() if jobs is None else jobs
+    rows += _inspect_all(launches, jobs, track)
+    if cuda.unavailable() is None:
+        shown = [_name(dtype) for dtype in dtypes]
+        found = _inspect_cuda(names, targets, jobs, track)
+        rows += [row for row in found if row.dtype in ("", *shown)]
     order = {target: place for place, target in enumerate(GPUS)}
     return sorted(rows, key=lambda row: (order[row.target], row.op, row.kernel, row.dtype, str(row.settings)))
 
 
 def _record_all(
-    names: list[str], targets: list[str], dtypes: Iterable[torch.dtype], samples: bool, track: Track
+    names: list[str],
+    targets: list[str],
+    dtypes: Iterable[torch.dtype],
+    samples: bool,
+    representative: bool,
+    track: Track,
 ) -> tuple[list[Launch], list[Row]]:
     """(the distinct launches, a row for each input whose launches could not be recorded)."""
     plan = [
@@ -71,14 +89,14 @@ def _record_all(
         for name in names
         for sample in (*OPS[name].workloads, *(OPS[name].samples if samples else ()))
         for dtype in dtypes
-        if dtype in OPS[name].dtypes
+        if dtype in OPS[name].dtypes and (not representative or baseline.is_representative(name, sample.label))
     ]
-    launches: dict[str, Launch] = {}
+    launches: dict[tuple[str, str], Launch] = {}  # by op and key: each op has its own rows
     rows = []
     for op, sample, dtype in track("recording", plan):
         try:
             for launch in record(op, sample, dtype, targets):
-                first = launches.setdefault(launch.key, launch)
+                first = launches.setdefault((op.name, launch.key), launch)
                 first.intensity = launch.intensity if first.intensity is None else first.intensity
                 if sample.label not in first.inputs:
                     first.inputs.append(sample.label)
@@ -86,9 +104,8 @@ def _record_all(
             continue  # the reference serves these inputs
         except Exception:
             reason = ("compile", f"no launch was recorded: {traceback.format_exc(limit=-1).strip()}")
-            shown = str(dtype).removeprefix("torch.")
             rows += [
-                Row(op.name, "", target, GPUS[target].name, shown, {}, [sample.label], failures=[reason])
+                Row(op.name, "", target, GPUS[target].name, _name(dtype), {}, [sample.label], failures=[reason])
                 for target in targets
             ]
     return list(launches.values()), rows
@@ -118,6 +135,22 @@ def _inspect_all(launches: list[Launch], jobs: int, track: Track) -> list[Row]:
     return rows
 
 
+def _inspect_cuda(names: list[str], targets: list[str], jobs: int, track: Track) -> list[Row]:
+    """The rows of the CUDA kernels that are those ops'."""
+    files = cuda.sources({OPS[name].body.__module__.split(".")[-1] for name in names})
+    plan = [(file, target) for file in files for target in targets if target in cuda.ARCHITECTURES]
+    with ThreadPoolExecutor(jobs or 1) as threads:
+        done = list(track("nvcc", threads.map(lambda task: cuda.inspect_file(*task), plan), len(plan)))
+    rows = [row for found, _ in done for row in found]
+    for file in files:
+        used = {target: lines for (tried, target), (_, lines) in zip(plan, done) if tried == file}
+        for target in list(used)[:1]:
+            wrong = cuda.complaints(file, set().union(*used.values()) if len(used) == len(cuda.ARCHITECTURES) else None)
+            blank = Row(file.stem, "", target, GPUS[target].name, "", {}, [file.name])
+            rows += [dataclasses.replace(blank, failures=[("directive", what)]) for what in wrong]
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 
@@ -127,9 +160,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", nargs="+", choices=list(GPUS), metavar="T", help=f"among {', '.join(GPUS)}")
     parser.add_argument("--dtype", nargs="+", choices=[_name(dtype) for dtype in DTYPES], help="all three unless given")
     parser.add_argument("--samples", action="store_true", help="also every option and odd size that the tests try")
+    parser.add_argument("--representative", action="store_true", help="only the workloads that the baseline is about")
     parser.add_argument("--jobs", type=int, help="compiling processes; one a core unless given")
     parser.add_argument("--failures", action="store_true", help="tabulate only what fails")
     parser.add_argument("--json", metavar="FILE", help="write everything there is to know to a file")
+    parser.add_argument("--markdown", metavar="FILE", help="write the hot loops as a table for a document")
+    parser.add_argument("--baseline", metavar="FILE", help="fail what got worse, or changed unnoticed, against a file")
+    parser.add_argument("--update-baseline", action="store_true", help="rewrite that file instead of comparing")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -139,18 +176,32 @@ def main(args: argparse.Namespace) -> int:
         console = Console(width=170)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     dtypes = [dtype for dtype in DTYPES if args.dtype is None or _name(dtype) in args.dtype]
+    if (args.baseline and args.samples) or (args.update_baseline and not args.baseline):
+        console.print(
+            "[red]--baseline is about workloads, without --samples, and says what --update-baseline updates[/]"
+        )
+        return 2
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             rows = audit(
-                args.ops or None, args.target, dtypes=dtypes, samples=args.samples, jobs=args.jobs,
-                track=lambda label, items: progress.track(items, description=label, total=len(items)),
+                args.ops or None, args.target, dtypes=dtypes,
+                samples=args.samples, representative=args.representative, jobs=args.jobs,
+                track=lambda label, items, total=None: progress.track(items, total or len(items), description=label),
             )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         console.print(f"[red]{error}[/]")
         return 2
+    if args.update_baseline:
+        baseline.update(args.baseline, rows)
+    elif args.baseline:
+        rows += baseline.compare(args.baseline, rows)
     report.show(rows, console, args.failures)
+    if reason := cuda.unavailable():
+        console.print(f"CUDA kernels were not audited: {reason}")
     if args.json:
         report.write(rows, args.json)
+    if args.markdown:
+        report.write_markdown(rows, args.markdown)
     return int(any(row.failures for row in rows))
 
 

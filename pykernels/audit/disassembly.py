@@ -30,25 +30,48 @@ class Listing:
     labels: dict[str, int]  # → place of the next instruction
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What cuobjdump reports of a kernel."""
+
+    registers: int
+    stack: int  # bytes a thread
+    shared: int  # bytes a block, without what is asked for at the launch; from sm_90 on, with the system's kilobyte
+
+
 # ------------------------------------------------------------------------------------------------ parsing
 
 _LABEL = re.compile(r"(\.?[\w$]+):")
 _SASS = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-_SASS_LINE = re.compile(r"\s*//## File .*?, line (\d+)")
+_SASS_LINE = re.compile(r'\s*//## File "(.*?)", line (\d+)')
 _GCN = re.compile(r"\s+([svdbgf]\w*_\w+)\s*([^;]*)")
 _GCN_LINE = re.compile(r"\s+\.loc\s.*; (.*)")
 
 
-def sass(cubin: bytes, load_lines: dict[tuple[int, int | None, int], int]) -> tuple[Listing, int, int]:
-    """(code, registers, bytes of stack) of a cubin, which holds one kernel; load_lines: from ir.load_lines."""
+def sass(cubin: bytes, load_lines: dict[tuple[int, int | None, int], int]) -> tuple[Listing, Usage]:
+    """The code of a cubin that holds one kernel, and what it needs; load_lines: from ir.load_lines."""
     listing = parse_sass(_tool("nvdisasm", "-gi", "-c", cubin=cubin))
     for place, instruction in enumerate(listing.instructions):
         if instruction.opcode.startswith("LDG") and (lines := instruction.lines):
             shown = (lines[0], lines[1] if len(lines) > 1 else None, width(instruction.opcode))
             lines = (load_lines.get(shown, lines[0]), *lines[1:])
             listing.instructions[place] = replace(instruction, lines=lines)
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", cubin=cubin))
-    return listing, int(usage[1]), int(usage[2])
+    (needs,) = usage(cubin).values()
+    return listing, needs
+
+
+def sass_by_kernel(cubin: bytes, file: str) -> dict[str, Listing]:
+    """Mangled name → code, for a cubin of many kernels; lines are those of that source file alone."""
+    text = _tool("nvdisasm", "-gi", "-c", cubin=cubin)
+    sections = re.split(r"^//-+ \.text\.(\S+) -+$", text, flags=re.MULTILINE)[1:]
+    return {name: parse_sass(code, file) for name, code in zip(sections[::2], sections[1::2])}
+
+
+def usage(cubin: bytes) -> dict[str, Usage]:
+    """Mangled name → what a kernel needs, for each of a cubin."""
+    report = _tool("cuobjdump", "-res-usage", cubin=cubin)
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", report)
+    return {name: Usage(*map(int, numbers)) for name, *numbers in found}
 
 
 def _tool(name: str, *options: str, cubin: bytes) -> str:
@@ -61,13 +84,13 @@ def _tool(name: str, *options: str, cubin: bytes) -> str:
         return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def parse_sass(text: str) -> Listing:
-    """The listing that nvdisasm prints, with or without line numbers."""
+def parse_sass(text: str, file: str | None = None) -> Listing:
+    """The listing that nvdisasm prints, with or without line numbers; file: the only one whose lines count."""
     listing, lines, fresh = Listing([], {}), (), True
     for line in text.splitlines():
         if found := _SASS_LINE.match(line):  # one such line for each call on the way, innermost first
             lines, fresh = ((), True) if not fresh else (lines, True)
-            lines += (int(found[1]),)
+            lines += (int(found[2]),) if file in (None, os.path.basename(found[1])) else ()
         elif found := _SASS.match(line):
             fresh = False
             predicate, opcode, operands = found.groups(default="")
@@ -237,6 +260,8 @@ def count(instructions: Iterable[Instruction], lanes: int, shapes: Iterable[tupl
             counts.kinds["mufu"] += 1
         elif base in _CONVERT:
             counts.kinds["convert"] += 1
+        elif base == "HFMA2" and operands.replace("-", "").split(", ")[1:3] == ["RZ", "RZ"]:  # a constant's move
+            counts.kinds["arithmetic"] += 1
         elif _FMA.match(base):
             counts.kinds["fma"] += 1
             counts.vector_flops += lanes * (4 if base == "FFMA2" or "_pk_" in base else 2)

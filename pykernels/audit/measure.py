@@ -1,4 +1,6 @@
-"""One kernel under the lens: compile it, find its hot loop, and say what is wrong with it."""
+"""One Triton kernel under the lens: compile it, find its hot loop, and say what is wrong with it.
+
+cuda.py finds CUDA kernels' facts elsewhere, and has them measured and judged here."""
 
 from __future__ import annotations
 
@@ -15,12 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import ir
-from .disassembly import Counts, Listing, count, loops, parse_gcn, sass
+from .disassembly import Counts, Instruction, Listing, count, loops, parse_gcn, sass
 from .model import GPUS, KIB, Gpu, estimate, ideal_tensor_clocks, resident_warps
 from .recorder import Launch
 
 WIDE = 8  # bytes a lane that a load in a loop should have
 TENSOR_MEMORY = 512  # columns of a multiprocessor on sm_100
+NARROW = 0.25  # share of a loop's bytes that narrow loads may bring, where the source's tiles are not known
 CHECKS = ("compile", "spill", "shared memory", "tensor cores", "narrow load", "async copy")
 _OWN_SOURCE = [file.read_text() for file in sorted(pathlib.Path(__file__).parent.glob("*.py"))]
 
@@ -42,6 +45,7 @@ class Row:
     spilled: int = 0  # bytes a thread, stored
     stack: int = 0  # bytes a thread
     shared: int = 0  # bytes a block
+    shared_known: bool = True  # False: a launch asks for more, and nobody declares how much
     shared_limit: int = 0
     occupancy: float = 0.0  # resident warps over the most there can be
     dots: list[str] = field(default_factory=list)  # operand dtype and precision of the source's dots
@@ -67,6 +71,20 @@ class Row:
     failures: list[tuple[str, str]] = field(default_factory=list)  # (check, what is wrong)
     excused: list[tuple[str, str, str]] = field(default_factory=list)  # … and the kernel's reason why it may be
 
+    @property
+    def cuda(self) -> bool:
+        """Whether this is a CUDA kernel: all of them that were compiled have a file for an input."""
+        return self.inputs[0].endswith(".cu")
+
+    @property
+    def configuration(self) -> str:
+        """Settings in a few words."""
+        if not self.warps:
+            return "(not compiled)"
+        values = {**self.settings, "warps": self.warps, "stages": self.stages or False}  # CUDA has no stages
+        shown = {str(name): value for name, value in values.items() if value is not False}
+        return " ".join(name if value is True else f"{name}={value}" for name, value in shown.items())
+
 
 def inspect(launch: Launch) -> Row:
     """Compiles a launch and audits the code; what fails to compile is a row with that failure."""
@@ -81,7 +99,7 @@ def inspect(launch: Launch) -> Row:
             measured = json.loads(pathlib.Path(stored).read_text())
         else:
             listing, facts = _facts(compiled, gpu)
-            measured = _measure(listing, facts, gpu, launch.intensity)
+            measured = measure(listing, facts, gpu, launch.intensity)
             cache.put(json.dumps(measured), name, binary=False)
     except Exception:
         row.failures.append(("compile", traceback.format_exc(limit=0).strip()))
@@ -89,7 +107,8 @@ def inspect(launch: Launch) -> Row:
     if launch.intensity is None:  # no workload but a test's sample, whose odd sizes leave no choice
         measured["failures"] = [failure for failure in measured["failures"] if failure[0] != "narrow load"]
     row = dataclasses.replace(row, **measured)
-    _excuse(row, launch)
+    for exception in getattr(sys.modules[launch.module], "AUDIT_EXCEPTIONS", []):
+        excuse(row, **exception)
     return row
 
 
@@ -104,12 +123,12 @@ def blank(launch: Launch) -> Row:
 
 
 @dataclass
-class _Facts:
+class Facts:
     """What the compiler reports beside the code."""
 
     dots: list[ir.Dot]
     missed_dots: int
-    tiles: dict[tuple[int, ...], ir.Tile]
+    tiles: dict[tuple[int, ...], ir.Tile] | None  # None: the source does not name any
     warps: int
     registers: int
     stack: int
@@ -118,7 +137,7 @@ class _Facts:
     shapes: list[tuple[int, int]]  # (M, N) of tcgen05 instructions
 
 
-def _facts(compiled, gpu: Gpu) -> tuple[Listing, _Facts]:
+def _facts(compiled, gpu: Gpu) -> tuple[Listing, Facts]:
     meta, asm = compiled.metadata, compiled.asm
     if gpu.amd:
         text, warps, shapes = asm["amdgcn"], meta.num_warps, []
@@ -126,14 +145,15 @@ def _facts(compiled, gpu: Gpu) -> tuple[Listing, _Facts]:
         registers, stack = (_field(text, name) for name in ("vgpr_count", "private_segment_fixed_size"))
     else:
         ptx = asm["ptx"]
-        listing, registers, stack = sass(asm["cubin"], ir.load_lines(ptx))
+        listing, needs = sass(asm["cubin"], ir.load_lines(ptx))
+        registers, stack = needs.registers, needs.stack
         threads = re.search(r"\.reqntid (\d+)", ptx)  # more than num_warps where warps specialise
         warps = int(threads[1]) // 32 if threads else meta.num_warps
         shapes = ir.tcgen05_shapes(ptx)
     tensor_memory = getattr(meta, "tmem_size", None) or 0
     ttir, ttgir = asm["ttir"], asm["ttgir"]
     source = (ir.dots(ttir), ir.missed_dots(ttgir), ir.tiles(ttir, ttgir))
-    return listing, _Facts(*source, warps, registers, stack, meta.shared, tensor_memory, shapes)
+    return listing, Facts(*source, warps, registers, stack, meta.shared, tensor_memory, shapes)
 
 
 def _field(text: str, name: str) -> int:
@@ -144,24 +164,27 @@ def _field(text: str, name: str) -> int:
 # ------------------------------------------------------------------------------------------------ measures and checks
 
 
-def _measure(listing: Listing, facts: _Facts, gpu: Gpu, intensity: float | None) -> dict[str, Any]:
+def measure(listing: Listing, facts: Facts, gpu: Gpu, intensity: float | None) -> dict[str, Any]:
     """The fields of a row that follow from the code; intensity: see Launch."""
-    code, warps, dots = listing.instructions, facts.warps, facts.dots
+    code, warps, dots, tiles = listing.instructions, facts.warps, facts.dots, facts.tiles
 
     def counts_of(places: Iterable[int]) -> Counts:
         counts = count((code[place] for place in sorted(places)), gpu.lanes, facts.shapes)
-        bulk = sum(tile.bytes for lines in counts.bulk if (tile := ir.tile_at(facts.tiles, lines))) / warps
+        bulk = sum(tile.bytes for lines in counts.bulk if (tile := ir.tile_at(tiles or {}, lines))) / warps
         counts.global_bytes, counts.loaded_bytes = counts.global_bytes + bulk, counts.loaded_bytes + bulk
         return counts
 
     found = [(places, counts_of(places)) for places in loops(listing)]
     inner = counts_of(frozenset().union(*(places for places, _ in found)))
     whole = counts_of(range(len(code)))
-    hot, in_loop = _hottest(found, whole, bool(dots))
+    by_fma = bool(dots) if tiles is not None else bool(whole.vector_flops)
+    hot, in_loop = _hottest(found, whole, by_fma)
+    if tiles is None:  # the source does not tell what its work is: what takes longer
+        by_fma = hot.vector_flops / (2 * gpu.fma) >= hot.global_bytes / gpu.dram
 
     peak = hot.flops / ideal_tensor_clocks(hot, gpu) if hot.flops else 2 * gpu.fma
     starved = intensity is not None and intensity < peak / gpu.dram / 4  # no tiling could make such work compute-bound
-    work = "DRAM" if starved or not dots else "tensor" if hot.flops else "FMA"
+    work = "DRAM" if starved else "tensor" if hot.flops else "FMA" if by_fma else "DRAM"
     model = estimate(hot, warps, gpu, work)
     flops = hot.flops * (1 if hot.tensor_by_block else warps) if hot.flops else hot.vector_flops * warps
     asked = Counter()
@@ -199,15 +222,18 @@ def _measure(listing: Listing, facts: _Facts, gpu: Gpu, intensity: float | None)
         limit=model.limit,
         share=round(model.overlapped * useful, 3),
         serial=round(model.serial * useful, 3),
-        failures=list(_failures(facts, gpu, whole, inner, hot)),
+        failures=[
+            *_failures(facts, gpu, whole, inner, hot),
+            *(_narrow_loads(facts, gpu, inner) if tiles is not None else _narrow_loops(code, found)),
+        ],
     )
 
 
-def _hottest(found: list[tuple[frozenset[int], Counts]], whole: Counts, dots: bool) -> tuple[Counts, bool]:
+def _hottest(found: list[tuple[frozenset[int], Counts]], whole: Counts, by_fma: bool) -> tuple[Counts, bool]:
     """The innermost loop with the most useful work, of equal ones the tighter; the whole kernel if it has no loop."""
 
     def work(counts: Counts) -> float:
-        return counts.flops if whole.flops else counts.vector_flops if dots else counts.global_bytes
+        return counts.flops if whole.flops else counts.vector_flops if by_fma else counts.global_bytes
 
     inner = [
         counts
@@ -217,7 +243,7 @@ def _hottest(found: list[tuple[frozenset[int], Counts]], whole: Counts, dots: bo
     return (max(inner, key=lambda counts: (work(counts), -counts.slots)), True) if inner else (whole, False)
 
 
-def _failures(facts: _Facts, gpu: Gpu, whole: Counts, inner: Counts, hot: Counts) -> Iterable[tuple[str, str]]:
+def _failures(facts: Facts, gpu: Gpu, whole: Counts, inner: Counts, hot: Counts) -> Iterable[tuple[str, str]]:
     """(check, what is wrong). `inner` counts the instructions that are in any loop."""
     if whole.local_bytes or facts.stack:
         moved = f"a block's pass of the loops moves {inner.local_bytes * facts.warps / KIB:.1f} KiB of it"
@@ -236,43 +262,72 @@ def _failures(facts: _Facts, gpu: Gpu, whole: Counts, inner: Counts, hot: Counts
     elif half == len(facts.dots) and facts.missed_dots:  # exact fp32 dots are missed by right
         yield "tensor cores", f"{facts.missed_dots} half-precision dots became multiply-adds"
 
-    # One load of 16 bytes a lane does what 2-byte loads need eight for; below 8 bytes it shows. Loads of a tile too
-    # small to give each lane as much (a row of lse, the number of a page) are no defect.
-    def is_tile(lines: tuple[int, ...]) -> bool:
-        tile = ir.tile_at(facts.tiles, lines)
-        return tile is None or tile.lane_bytes(facts.warps * gpu.lanes) >= WIDE
+    waiting = sum(_is_tile(facts, gpu, lines) for _, lines in hot.loads)
+    if not gpu.amd and hot is not whole and hot.flops and waiting and not inner.copies:
+        yield "async copy", f"{waiting} loads of the loop go through registers, and their latency is exposed"
 
+
+# One load of 16 bytes a lane does what 2-byte loads need eight for; below 8 bytes it shows.
+
+
+def _is_tile(facts: Facts, gpu: Gpu, lines: tuple[int, ...]) -> bool:
+    """False for loads of a tile too small to give each lane WIDE bytes (a row of lse, the number of a page)."""
+    tile = ir.tile_at(facts.tiles or {}, lines)
+    return tile is None or tile.lane_bytes(facts.warps * gpu.lanes) >= WIDE
+
+
+def _narrow_loads(facts: Facts, gpu: Gpu, inner: Counts) -> Iterable[tuple[str, str]]:
+    """Narrow loads in loops, of tiles that allow wide ones."""
     narrow: dict[tuple[int, ...], int] = {}
     for size, lines in inner.loads:
-        if size < WIDE and is_tile(lines):
+        if size < WIDE and _is_tile(facts, gpu, lines):
             narrow[lines] = min(size, narrow.get(lines, WIDE))
     for lines, size in sorted(narrow.items()):
         tile = ir.tile_at(facts.tiles, lines)
         shape = f"a tile of {'×'.join(map(str, tile.shape))}" if tile else "a tile"
-        place = ", from ".join(f"line {line}" for line in lines) or "of unknown place"
-        yield "narrow load", f"{shape} is loaded {size} bytes a lane in a loop ({place})"
+        yield "narrow load", f"{shape} is loaded {size} bytes a lane in a loop ({_place(lines)})"
 
-    waiting = sum(is_tile(lines) for _, lines in hot.loads)
-    if not gpu.amd and hot is not whole and hot.flops and waiting and not inner.copies:
-        yield "async copy", f"{waiting} loads of the loop go through registers, and their latency is exposed"
+
+def _narrow_loops(code: list[Instruction], found: list[tuple[frozenset[int], Counts]]) -> Iterable[tuple[str, str]]:
+    """Where tiles are not known: loops of which narrow loads bring a good part, but for a wide loop's remainder."""
+    wide = {lines[:1] for _, counts in found for size, lines in counts.loads if size >= WIDE}
+    narrow: dict[tuple[int, ...], int] = {}
+    for places, _ in found:
+        own = places.difference(*(other for other, _ in found if other < places))
+        loads = count((code[place] for place in sorted(own)), 32).loads
+        small = [(size, lines[:1]) for size, lines in loads if size < WIDE]
+        if sum(size for size, _ in small) > NARROW * sum(size for size, _ in loads):
+            for size, line in small:
+                if line not in wide:
+                    narrow[line] = min(size, narrow.get(line, WIDE))
+    for line, size in sorted(narrow.items()):
+        yield "narrow load", f"a loop lives on loads of {size} bytes a lane ({_place(line)})"
+
+
+def _place(lines: tuple[int, ...]) -> str:
+    return ", from ".join(f"line {line}" for line in lines) or "of unknown place"
 
 
 # ------------------------------------------------------------------------------------------------ exceptions
 
 
-def _excuse(row: Row, launch: Launch) -> None:
-    """Moves the failures that the kernel's file declares to be right.
+def excuse(row: Row, kernel: str, check: str, reason: str, where: dict[str, Any] | None = None) -> bool:
+    """Moves the failures that an exception declares to be right; whether there are any.
 
-    `AUDIT_EXCEPTIONS` there is a list of dict(kernel=…, check=…, reason=…), each with an optional where={name: value or
-    values} over the kernel's constexpr arguments, "target" and "dtype".
+    `AUDIT_EXCEPTIONS` in a Triton kernel's file is a list of such arguments; `where` gives values, or tuples of them,
+    to the kernel's constexpr arguments, "target" and "dtype". A CUDA kernel's are comments: see cuda.py.
     """
+    if check not in CHECKS:
+        raise ValueError(f"audit exceptions: check: expected one of {', '.join(CHECKS)}, got {check!r}")
+    if kernel != row.kernel or not holds(row, where or {}):
+        return False
+    matching = [failure for failure in row.failures if failure[0] == check]
+    row.excused += [(*failure, reason) for failure in matching]
+    row.failures = [failure for failure in row.failures if failure not in matching]
+    return bool(matching)
+
+
+def holds(row: Row, where: dict[str, Any]) -> bool:
+    """Whether a row has the values named."""
     values = {**row.settings, "target": row.target, "dtype": row.dtype}
-    for exception in getattr(sys.modules[launch.module], "AUDIT_EXCEPTIONS", []):
-        if (check := exception["check"]) not in CHECKS:
-            raise ValueError(f"AUDIT_EXCEPTIONS: check: expected one of {', '.join(CHECKS)}, got {check!r}")
-        where = exception.get("where", {})
-        holds = all(values.get(name) in (v if isinstance(v, tuple) else (v,)) for name, v in where.items())
-        if exception["kernel"] == row.kernel and holds:
-            matching = [failure for failure in row.failures if failure[0] == check]
-            row.excused += [(*failure, exception["reason"]) for failure in matching]
-            row.failures = [failure for failure in row.failures if failure not in matching]
+    return all(values.get(name) in (v if isinstance(v, tuple) else (v,)) for name, v in where.items())

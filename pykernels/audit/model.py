@@ -5,7 +5,9 @@ Per multiprocessor and pass of the loop, all warps of one block: the clocks that
   serial     = the same over the sum of all units, as if none worked beside another; the truth lies between the two.
 Useful work is that of the tensor cores where the loop has them, of the multiply-adds of an exact fp32 dot, else (and
 where the workload is bound by memory anyway) DRAM traffic without any reuse in a cache.
-Left out: latency, barriers, bank conflicts, L2, partial waves, warp specialisation.
+Where blocks share what they read, L2 stands for global memory; copies run beside everything else, so it is not in the
+sum. A launch that needs more shared memory than is known has fewer warps resident than is said here.
+Left out: latency, barriers, bank conflicts, hits and misses of caches, partial waves, warp specialisation.
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ class Gpu:
     sync: float = 1.0  # share of the tensor rate that mma.sync reaches, where a newer instruction exists
     full: float = 0.125  # rate of fp32 matrix instructions against half precision
     shared_rate: int = 128  # bytes
+    l2: int = 64  # bytes from the second-level cache
 
     @property
     def amd(self) -> bool:
         return self.lanes == 64
 
 
-# sync on sm_90: published microbenchmarks; on sm_100: a guess.
+# sync on sm_90: published microbenchmarks; on sm_100: a guess. l2 is the width of a multiprocessor's port: that all of
+# them together get it from L2 is too good to be true (A100: 5120 bytes a clock for 108), so "L2" is named late.
 GPUS = {
     "sm_80": Gpu("A100 SXM 80 GB", 108, 2048, 64, 13.4, 163 * KIB, 164 * KIB, 64),
     "sm_86": Gpu("A10", 72, 1024, 128, 4.9, 99 * KIB, 100 * KIB, 48, blocks=16),
@@ -76,7 +80,7 @@ def estimate(loop: Counts, warps: int, gpu: Gpu, work: str) -> Estimate:
         "tensor": issuers * (ideal_tensor_clocks(loop, gpu) + slowed),
         "shared memory": (warps * loop.shared_bytes + issuers * loop.tensor_shared_bytes) / gpu.shared_rate,
     }
-    if work == "DRAM":  # elsewhere blocks share what they read through L2
+    if work == "DRAM":
         clocks["DRAM"] = warps * loop.global_bytes / gpu.dram
     if gpu.amd:  # one vector pipe: a wave takes a clock of a compute unit, transcendentals four
         vector = loop["fma"] + loop["arithmetic"] + loop["integer"]
@@ -93,6 +97,8 @@ def estimate(loop: Counts, warps: int, gpu: Gpu, work: str) -> Estimate:
     }[work]
     busy = sum(clocks.values()) or 1
     clocks["issue"] = warps * issued / 4  # every unit's instructions pass here: no unit of its own in the sum
+    if work != "DRAM":
+        clocks["L2"] = warps * loop.global_bytes / gpu.l2
     limit = max(clocks, key=clocks.get)
     return Estimate(useful / (clocks[limit] or 1), useful / busy, limit, clocks)
 

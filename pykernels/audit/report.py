@@ -51,6 +51,8 @@ def show(rows: list[Row], console: Console, only_failures: bool = False) -> None
     for row in rows:
         for check, what in row.failures:
             console.print(f"[red]FAIL[/] {name(row)}: {check}: {escape(what)}", soft_wrap=True)
+    if unknown := sorted({f"{row.op}.{row.kernel}" for row in rows if not row.shared_known}):
+        console.print(f"launches give shared memory beyond what is counted to {', '.join(unknown)}", soft_wrap=True)
     reasons = Counter((row.kernel, check, reason) for row in rows for check, _, reason in row.excused)
     for (kernel, check, reason), times in reasons.items():
         console.print(f"[yellow]excused[/] {kernel}: {check} ({times}×): {escape(reason)}", soft_wrap=True)
@@ -59,7 +61,7 @@ def show(rows: list[Row], console: Console, only_failures: bool = False) -> None
 
 def name(row: Row) -> str:
     """Target, kernel, dtype and configuration, and what runs it."""
-    return escape(f"{row.target} {row.op}: {row.kernel} {row.dtype} {_settings(row)} ({row.inputs[0]})")
+    return escape(f"{row.target} {row.op}: {row.kernel} {row.dtype} {row.configuration} ({row.inputs[0]})")
 
 
 def summary(rows: list[Row]) -> str:
@@ -68,23 +70,17 @@ def summary(rows: list[Row]) -> str:
     return f"{kernels} kernels, {len(rows)} configurations, [{colour}]{failures} failures[/]"
 
 
-def _settings(row: Row) -> str:
-    if not row.warps:
-        return "(not compiled)"
-    values = {**row.settings, "warps": row.warps, "stages": row.stages}
-    return " ".join(key if value is True else f"{key}={value}" for key, value in values.items() if value is not False)
-
-
 def _cells(row: Row) -> list[str]:
     failed = {check for check, _ in row.failures}
     dots = [*row.dots, *(_counted(row.tensor) or ["multiply-adds"])] if row.dots else []
     if row.repeated and row.repeated > 1:
         dots.append(f"{row.repeated:.2g}× what was asked")
     cells = [
-        f"{escape(row.kernel)} [dim]{escape(_settings(row))}[/]",
+        f"{escape(row.kernel)} [dim]{escape(row.configuration)}[/]",
         SHORT.get(row.dtype, row.dtype),
         f"{row.registers}/{row.spilled}",
-        f"{row.shared / KIB:.0f} of {row.shared_limit / KIB:.0f}\n{row.occupancy:.0%}",
+        f"{'' if row.shared_known else '≥ '}{row.shared / KIB:.0f} of {row.shared_limit / KIB:.0f}\n"
+        f"{'' if row.shared_known else '≤ '}{row.occupancy:.0%}",
         "\n".join(dots),
         "\n".join(_counted(row.memory)) or "none",
         f"{row.slots}/{row.mufu}" if row.in_loop else f"{row.slots}/{row.mufu}\n(no loop)",
@@ -102,3 +98,25 @@ def _counted(counts: dict[str, int]) -> list[str]:
 def write(rows: Iterable[Row], path: str) -> None:
     """Everything that is known of each row, as a JSON list."""
     pathlib.Path(path).write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1, default=str) + "\n")
+
+
+def write_markdown(rows: Iterable[Row], path: str) -> None:
+    """The hot loops as a table, in the columns in which docs/gpu.md compares them with the public kernels'."""
+    lines = [
+        "| kernel, configuration | dtype | target | registers / spilled bytes | slots per pass (warp) | work per pass "
+        "| slots per kFLOP | MUFU | limited by | share |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.in_loop:
+            by_bytes = row.limit == "DRAM" or not row.flops
+            work = f"{row.bytes / 1e3:.3g} kB" if by_bytes else f"{row.flops / 1e6:.3g} MFLOP"
+            ratio = f"{row.slots_per_kflop:.3g}" if row.slots_per_kflop else "–"
+            cells = (
+                f"{row.op} `{row.kernel}` {row.configuration}", SHORT.get(row.dtype, row.dtype), row.target,
+                f"{row.registers}/{row.spilled}", row.slots, work, ratio, row.mufu, row.limit,
+                f"{row.share:.2f}/{row.serial:.2f}",
+            )  # fmt: skip
+            line = "| " + " | ".join(map(str, cells)) + " |"
+            lines += [line] if line not in lines else []
+    pathlib.Path(path).write_text("\n".join(lines) + "\n")
