@@ -80,7 +80,8 @@ def test_search_is_a_stable_sort_of_exact_scores(data):
 @given(st.data())
 def test_cuda_search_is_a_stable_sort_of_exact_scores(data):
     """In any order of the threads; NaN of either sign, infinities and zeros of either sign among the scores."""
-    M, d = data.draw(st.integers(1, 900) | st.integers(3000, 6000)), data.draw(st.integers(1, 20) | st.sampled_from([64, 136, 300]))
+    M = data.draw(st.integers(1, 900) | st.integers(3000, 6000))
+    d = data.draw(st.integers(1, 20) | st.sampled_from([64, 136, 300]))
     heads = data.draw(st.sampled_from([None, None, 1, 2]))
     shape = data.draw(st.sampled_from([(), (2,), (5,), (17,), (2, 3), (70,)]))
     k = data.draw(st.integers(1, min(M, 60)) | st.integers(1, M))
