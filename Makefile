@@ -9,7 +9,7 @@ INSTALLED := .venv/installed
 bench: $(INSTALLED)  ## our ops against their peers on this machine: tables, JSON and plots in bench-results/
 	$(BIN)/python -m pykernels bench $(if $(FULL),,--quick) --json bench-results/bench.json --plot bench-results
 
-test: $(INSTALLED)  ## everything; Triton's interpreter and CUDA kernels on the CPU in processes of their own
+test: $(INSTALLED)  ## everything; Triton's interpreter and the CUDA kernels on the CPU in processes of their own
 	$(BIN)/python -m pytest tests -n 2
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_attention.py -n 2
 	$(BIN)/python tests/cuda_host/run.py tests/test_ops.py -n 2

@@ -176,4 +176,15 @@ __device__ inline float exp2_fast(float x) {
 #endif
 }
 
+// 1/x, to 1 unit in the last place, for 2^-126 ≤ |x| ≤ 2^126.
+__device__ inline float reciprocal_fast(float x) {
+#if defined(CUDA_ON_HOST)
+  return 1 / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 }  // namespace

@@ -24,12 +24,22 @@ def machine() -> dict[str, str]:
     facts["threads"] = f"{torch.get_num_threads()}"
     level, reason = native.load()
     facts["instruction set"] = level or f"none: {reason}"
+    facts["CUDA kernels"] = _cuda_kernels()
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         facts[f"GPU {index}"] = (
             f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {gpu.multi_processor_count} processors"
         )
     return facts
+
+
+def _cuda_kernels() -> str:
+    """What they were built for, and whether they are in use."""
+    reason = native.cuda_missing("cuda")
+    capabilities = ", ".join(f"{value / 100:.1f}" for value in native.cuda_architectures())
+    if not capabilities:
+        return f"none: {reason}"
+    return f"built for compute capability {capabilities}; {f'not in use: {reason}' if reason else 'in use'}"
 
 
 def _version(package: str) -> str:

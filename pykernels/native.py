@@ -7,8 +7,10 @@ as entries under torch.ops.pykernels_cuda that write into tensors made here; it 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import itertools
 import pathlib
 import warnings
 
@@ -66,22 +68,44 @@ def cuda_library() -> pathlib.Path | None:
 
 
 @functools.cache
+def _cuda_opened() -> tuple[ctypes.CDLL | None, str | None]:
+    """(the loaded library, None), or (None, why there is none). Loading it takes no GPU."""
+    library = cuda_library()
+    if library is None:
+        return None, "the CUDA kernels were not built (no nvcc at install, or it failed)"
+    try:
+        torch.ops.load_library(str(library))
+        return ctypes.CDLL(str(library)), None
+    except OSError as error:
+        return None, f"{library.name} does not load: {error}"
+
+
+def cuda_architectures() -> list[int]:
+    """The compute capabilities that the CUDA kernels were compiled for, 800 for 8.0; none without their library."""
+    library = _cuda_opened()[0]
+    if library is None:
+        return []
+    first = ctypes.addressof(ctypes.c_int.in_dll(library, "pykernels_cuda_architectures"))
+    return [*itertools.takewhile(bool, ctypes.cast(first, ctypes.POINTER(ctypes.c_int)))]
+
+
+@functools.cache
 def cuda_missing(device_type: str) -> str | None:
     """Why the CUDA kernels cannot run on tensors of that device type, or None. Loads them if they can."""
     if device_type == "cpu":
         return None if cuda_on_host() else "it runs on CUDA tensors"
-    library = cuda_library()
-    if library is None:
-        return "the CUDA kernels were not built (no nvcc at install)"
+    if cuda_library() is None:
+        return _cuda_opened()[1]
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "torch sees no NVIDIA GPU"
     if torch.cuda.get_device_capability() < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        return f"{library.name} does not load: {error}"
-    return None
+    library, reason = _cuda_opened()
+    if library is None:
+        return reason
+    library.pykernels_cuda_missing.restype = ctypes.c_char_p
+    reason = library.pykernels_cuda_missing(torch.cuda.current_device())
+    return f"the CUDA kernels do not run on this GPU: {reason.decode()}" if reason else None
 
 
 def cuda(entry: str, *arguments) -> None:

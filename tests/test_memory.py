@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_host import build, host
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -12,9 +13,11 @@ import pykernels as pk
 from pykernels.bench.measure import peak_memory
 from pykernels.check import differentiate, float_leaves
 from pykernels.ops.topk import grid
-from pykernels.registry import CPU, unavailable
+from pykernels.registry import CPU, CUDA, unavailable
 
 needs_kernels = pytest.mark.skipif(unavailable(CPU, "cpu") is not None, reason=f"cpu: {unavailable(CPU, 'cpu')}")
+NO_CUDA = (build.missing() if host.MODE else "run by tests/cuda_host/run.py") or unavailable(CUDA, "cpu")
+needs_cuda = pytest.mark.skipif(NO_CUDA is not None, reason=f"cuda: {NO_CUDA}")
 hypothesis = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +70,39 @@ def test_search_is_a_stable_sort_of_exact_scores(data):
     if data.draw(st.booleans()):
         keys = keys.transpose(-1, -2).contiguous().transpose(-1, -2)
     with threads(data.draw(st.integers(1, 3))):
+        found = pk.topk_search(query, keys, k, scale=scale)
+    equal(found, by_sorting(query, keys, k, scale))
+
+
+@needs_cuda
+@pytest.mark.cuda_host
+@hypothesis
+@given(st.data())
+def test_cuda_search_is_a_stable_sort_of_exact_scores(data):
+    """In any order of the threads; NaN of either sign, infinities and zeros of either sign among the scores."""
+    M, d = data.draw(st.integers(1, 900) | st.integers(3000, 6000)), data.draw(st.integers(1, 20) | st.sampled_from([64, 136, 300]))
+    heads = data.draw(st.sampled_from([None, None, 1, 2]))
+    shape = data.draw(st.sampled_from([(), (2,), (5,), (17,), (2, 3), (70,)]))
+    k = data.draw(st.integers(1, min(M, 60)) | st.integers(1, M))
+    dtype = data.draw(st.sampled_from(DTYPES[1:]))
+    draw = data.draw(st.sampled_from(["grid", "few", "equal", "rising", "special"]))
+    scale = data.draw(st.sampled_from([1.0, 0.5, -2.0, 0.0] if draw != "special" else [1.0, -2.0]))
+    host.set_order(data.draw(st.sampled_from(["forward", "reverse"]) | st.integers(0, 99).map("random:{}".format)))
+    tables = () if heads is None else (heads,)
+    query, keys = grid(*shape, *tables, d, dtype=dtype, device="cpu"), grid(*tables, M, d, dtype=dtype, device="cpu")
+    if draw == "few":
+        keys = keys[..., torch.randint(0, 1 + M // 9, (M,)), :]
+    elif draw == "equal":
+        keys = torch.ones_like(keys)
+    elif draw == "rising":
+        query, keys = query.abs() + 0.25, (torch.arange(M) / 4).clamp(max=60).to(dtype)[:, None].expand_as(keys)
+    elif draw == "special":
+        query, keys = torch.where(query[..., :1] < 0, -1, 1).to(dtype), keys[..., :1] / 2
+        values = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0], dtype=dtype)
+        keys = torch.where(torch.rand(keys.shape) < 0.5, keys, values[torch.randint(0, 6, keys.shape)])
+    if data.draw(st.booleans()):  # rows that are not aligned, in memory that they do not fill
+        keys = F.pad(keys, (1, 2), value=NAN)[..., 1:-2]
+    with pk.use_backend("cuda"):
         found = pk.topk_search(query, keys, k, scale=scale)
     equal(found, by_sorting(query, keys, k, scale))
 

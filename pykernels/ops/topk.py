@@ -18,10 +18,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import native
 from ..checks import expect, expect_alike, expect_type
 from ..registry import (
     FLOATS,
     INTERPRET,
+    ON_HOST,
     Sample,
     Workload,
     autocast,
@@ -34,6 +36,8 @@ from .weighted_gather import gather, gather_backward_op, gather_op
 from .wkv4 import exact_of
 
 LARGEST_TRITON_K = 2048  # what a block of threads can hold and sort
+LARGEST_CUDA_LIST = 256  # k to which csrc/topk.cu keeps lists; beyond, it writes scores
+AT_ONCE = 2**16 if ON_HOST else 2**24  # entries of lists, or scores, that a launch has for its queries
 _DTYPES = (torch.float64, *FLOATS)
 
 
@@ -95,10 +99,56 @@ def _triton(query, keys, k, scale, backend):
     return results
 
 
+def _cuda(query, keys, k, scale, backend):
+    scores, indices = _outputs(query, keys, k, scale, backend)
+    N, H, _ = scores.shape
+    if N * H == 0:
+        return scores, indices
+    query, keys = (t if t.stride(2) == 1 else t.contiguous() for t in (query, keys))
+    M = keys.size(1)
+    large = k > LARGEST_CUDA_LIST
+    splits = _splits(query, keys, k)
+    row = M if large else splits * k
+    most = max(1, AT_ONCE // (H * row))
+    for first in range(0, N, most):
+        some = slice(first, first + most)
+        if large:
+            scores[some], indices[some] = _cuda_by_digits(query[some], keys, k, scale)
+        else:
+            lists = indices.new_empty(splits, *indices[some].shape)
+            native.cuda("topk_search", query[some], keys, lists, scores[some], indices[some], scale)
+    return scores, indices
+
+
+def _splits(query: Tensor, keys: Tensor, k: int) -> int:
+    """Shares of the keys that make two blocks of queries and keys for each multiprocessor. Each reports k candidates,
+    so it has some times as many keys."""
+    N, H, _ = query.shape
+    if query.is_cuda:
+        wanted, shortest = 2 * torch.cuda.get_device_properties(query.device).multi_processor_count, max(512, 4 * k)
+    else:
+        wanted, shortest = 5, 128  # any are right: these meet more edges on small inputs
+    blocks = H * -(-N // (4 if N <= 4 else 16 if N <= 16 else 64))
+    return max(1, min(-(-wanted // blocks), keys.size(1) // shortest))
+
+
+def _cuda_by_digits(query, keys, k, scale):
+    """Of all scores the k-th by its digits, what comes before it in the order of the keys, and this sorted."""
+    (N, H, _), M = query.shape, keys.size(1)
+    scores = query.new_empty(N, H, M + M % 2, dtype=torch.float32)
+    histograms = query.new_zeros(N, H, 3, 2048, dtype=torch.int32)
+    counts = query.new_empty(N, H, -(-M // 2048), 2, dtype=torch.int64)
+    native.cuda("topk_count", query, keys, scores, histograms, counts, scale, k)
+    best, indices = scores.new_empty(N, H, k), counts.new_empty(N, H, k)
+    native.cuda("topk_collect", scores, histograms, counts.cumsum(2) - counts, best, indices, M)
+    best, places = best.sort(dim=-1, descending=True, stable=True)
+    return best, indices.gather(-1, places)
+
+
 search_op = torch_op(
     "topk_search(Tensor query, Tensor keys, int k, float scale, int backend) -> (Tensor, Tensor)",
     fake=_outputs,
-    implementations={"triton": _triton},
+    implementations={"triton": _triton, "cuda": _cuda},
     setup_context=_save,
     backward=_backward,
 )
@@ -110,6 +160,16 @@ def triton_search_declines(query: Tensor, k: int) -> str | None:
     return triton_declines(query)
 
 
+def cuda_search_declines(query: Tensor, keys: Tensor) -> str | None:
+    if query.dtype == torch.float64:
+        return "it takes fp32, bf16 and fp16"
+    if keys.size(1) >= 2**32:
+        return f"it counts fewer than 2^32 keys, not {keys.size(1)}"
+    if keys.size(2) >= 2**24:
+        return f"it takes rows of fewer than 2^24 numbers, not {keys.size(2)}"
+    return None
+
+
 # ------------------------------------------------------------------------------------------------ public functions
 
 
@@ -119,7 +179,7 @@ def _topk_search(run, query: Tensor, keys: Tensor, k: int, *, scale: float = 1.0
     Args:
         query: [..., d], any strides; fp32, bf16, fp16 (and fp64 on the CPU).
         keys: [M, d] in query's dtype, any M; or [H, M, d], where query [..., H, d] has its own keys for each head.
-        k: from 1 to M. (Triton's kernel: to 2048; above, the reference serves GPUs.)
+        k: from 1 to M. (Triton's kernel: to 2048; above, the CUDA kernel or the reference serves GPUs.)
         scale: multiplies the scores.
 
     Returns:
@@ -158,7 +218,7 @@ def _topk_memory(
         query: [..., d], any strides; fp32, bf16, fp16 (and fp64 on the CPU).
         keys: [M, d] in query's dtype, any M; or [H, M, d], where query [..., H, d] has its own keys for each head.
         values: [M, dv] in query's dtype; with keys of [H, M, d] also [H, M, dv].
-        k: from 1 to M. (Triton's kernel: to 2048; above, the reference serves GPUs.)
+        k: from 1 to M. (Triton's kernel: to 2048; above, the CUDA kernel or the reference serves GPUs.)
         scale: multiplies the scores.
         return_weights: return the weights and indices as well.
 
@@ -315,8 +375,16 @@ def _workloads(dv=None):
 _MANY = 260 if INTERPRET else 900  # keys: the interpreter takes milliseconds for each block of them
 
 _BACKENDS = {
-    "search": {"cpu": lambda *_: None, "triton": lambda query, keys, k, scale: triton_search_declines(query, k)},
-    "memory": {"cpu": lambda *_: None, "triton": lambda query, keys, values, k, s: triton_search_declines(query, k)},
+    "search": {
+        "cpu": lambda *_: None,
+        "triton": lambda query, keys, k, scale: triton_search_declines(query, k),
+        "cuda": lambda query, keys, k, scale: cuda_search_declines(query, keys),
+    },
+    "memory": {
+        "cpu": lambda *_: None,
+        "triton": lambda query, keys, values, k, scale: triton_search_declines(query, k),
+        "cuda": lambda query, keys, values, k, scale: cuda_search_declines(query, keys),
+    },
 }
 
 topk_search = register(

@@ -15,9 +15,11 @@ import math
 import torch
 from torch import Tensor
 
+from .. import native
 from ..checks import can_read, expect, expect_alike, expect_device, expect_tensor, expect_type
 from ..registry import (
     CPU,
+    CUDA,
     FLOATS,
     INTERPRET,
     REFERENCE,
@@ -164,17 +166,38 @@ def _refuse(*_):
     raise NotImplementedError("weighted_gather: a sparse gradient has no gradient of its own: use sparse_grad=False")
 
 
-def _triton(values, indices, weights, backend):
-    from ..kernels import weighted_gather as kernels
+def _kernels(backend):
+    """Functions that write sums and their gradients: kernels/weighted_gather.py describes them."""
+    if backend == CUDA:
+        return _Cuda
+    from ..kernels import weighted_gather
 
+    return weighted_gather
+
+
+class _Cuda:
+    @staticmethod
+    def forward(values, indices, weights, out):
+        native.cuda("gather_sum_rows", values, indices, weights, out)
+
+    @staticmethod
+    def dot_rows(grad, values, indices, grad_weights):
+        native.cuda("gather_dot_rows", grad, values, indices, grad_weights)
+
+    @staticmethod
+    def sum_rows(grad, weights, rows, order, out):
+        cut = weights.new_empty(-(-rows.numel() // 32), 2, grad.size(1))
+        native.cuda("gather_sum_hits", grad, weights, rows, order, cut, out)
+
+
+def _gpu(values, indices, weights, backend):
     out = _output(values, indices, weights, backend)
-    kernels.forward(_rows_contiguous(values), indices.contiguous(), weights.contiguous(), out)
+    _kernels(backend).forward(_rows_contiguous(values), indices.contiguous(), weights.contiguous(), out)
     return out
 
 
-def _triton_backward(grad, values, indices, weights, for_values, for_weights, backend):
-    from ..kernels import weighted_gather as kernels
-
+def _gpu_backward(grad, values, indices, weights, for_values, for_weights, backend):
+    kernels = _kernels(backend)
     grad, indices, weights = grad.contiguous(), indices.contiguous(), weights.contiguous()
     grad_values, grad_weights = _gradients(grad, values, indices, weights, for_values, for_weights, backend)
     if for_values:
@@ -185,15 +208,13 @@ def _triton_backward(grad, values, indices, weights, for_values, for_weights, ba
     return grad_values, grad_weights
 
 
-def _triton_rows(grad, indices, weights, table_rows, backend):
-    from ..kernels import weighted_gather as kernels
-
+def _gpu_rows(grad, indices, weights, table_rows, backend):
     rows, order = _sorted_hits(indices, table_rows)
     inside = rows < table_rows
     used, place = rows[inside].unique_consecutive(return_inverse=True)
     sums = grad.new_empty(used.size(0), grad.size(2))
     grad, weights = grad.flatten(0, 1).contiguous(), weights.flatten(0, 1).contiguous()
-    kernels.sum_rows(grad, weights, place.to(order.dtype), order[inside], sums)
+    _kernels(backend).sum_rows(grad, weights, place.to(order.dtype), order[inside], sums)
     return used.long(), sums
 
 
@@ -218,7 +239,7 @@ gather_backward_op = torch_op(
     "weighted_gather_backward(Tensor grad, Tensor values, Tensor indices, Tensor weights, bool for_values, "
     "bool for_weights, int backend) -> (Tensor, Tensor)",
     fake=_gradients,
-    implementations={"triton": _triton_backward},
+    implementations={"triton": _gpu_backward, "cuda": _gpu_backward},
     setup_context=_save_backward,
     backward=_double_backward,
 )
@@ -226,7 +247,7 @@ gather_backward_op = torch_op(
 gather_op = torch_op(
     "weighted_gather(Tensor values, Tensor indices, Tensor weights, int backend) -> Tensor",
     fake=_output,
-    implementations={"triton": _triton},
+    implementations={"triton": _gpu, "cuda": _gpu},
     setup_context=_save,
     backward=_backward,
 )
@@ -235,7 +256,7 @@ _rows_op = torch_op(
     "weighted_gather_rows(Tensor grad, Tensor indices, Tensor weights, int table_rows, int backend) "
     "-> (Tensor, Tensor)",
     fake=_used_rows,
-    implementations={"triton": _triton_rows},
+    implementations={"triton": _gpu_rows, "cuda": _gpu_rows},
     setup_context=lambda ctx, inputs, output: None,
     backward=_refuse,
 )
@@ -334,7 +355,11 @@ weighted_gather = register(
     _weighted_gather,
     kernel=_kernel,
     reference=_reference,
-    supports={"cpu": lambda *_: None, "triton": lambda values, *_: triton_declines(values)},
+    supports={
+        "cpu": lambda *_: None,
+        "triton": lambda values, *_: triton_declines(values),
+        "cuda": lambda values, *_: "it takes fp32, bf16 and fp16" if values.dtype == torch.float64 else None,
+    },
     samples=[
         Sample("plain", _inputs(20, 8, (6, 4))),
         Sample("one of each", _inputs(1, 1, (1,))),

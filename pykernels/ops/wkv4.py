@@ -25,6 +25,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import native
 from ..checks import can_read, expect, expect_alike, expect_device, expect_tensor, expect_type
 from ..registry import (
     FLOATS,
@@ -136,11 +137,55 @@ def _triton_backward(grad_y, grad_state, w, u, k, v, state, checkpoints, backend
     return results
 
 
+# Segments of T run side by side where fewer warps than ENOUGH would go through all of it, for 5/3 of the traffic: as
+# many as make WANTED warps. From MANY lanes of 8 bytes on, these take fewer instructions than lanes of one channel.
+ENOUGH, WANTED, MANY = 264, 1024, 1 << 15
+SHORTEST = 64  # steps of a segment at least
+
+
+def _schedule(B: int, T: int, C: int, dtype: torch.dtype) -> tuple[int, bool]:
+    """Steps of a segment, a multiple of 32, and whether a lane takes 8 bytes of a row."""
+    steps, warps = max(T, 1), B * -(-C // 32)
+    if warps < ENOUGH and T >= 2 * SHORTEST:
+        steps = max(SHORTEST, -(-T * warps // WANTED))
+    return -(-steps // CHUNK) * CHUNK, B * C * dtype.itemsize >= 8 * MANY
+
+
+def _cuda(w, u, k, v, state, training, backend):
+    k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (k, v))
+    results = _outputs(w, u, k, v, state, training, backend)
+    B, T, C = k.shape
+    steps, wide = _schedule(B, T, C, k.dtype)
+    found = w.new_empty(max(-(-T // steps), 1) - 1, B, 3, C)
+    state = None if state is None else state.contiguous()
+    native.cuda("wkv4", w.contiguous(), u.contiguous(), k, v, state, *results, found, steps, wide)
+    return results
+
+
+def _cuda_backward(grad_y, grad_state, w, u, k, v, state, checkpoints, backend):
+    rows = (t if t is None or t.stride(2) == 1 else t.contiguous() for t in (grad_y, k, v))
+    grad_y, k, v = rows
+    grad_state, w, u, state, checkpoints = (
+        t if t is None else t.contiguous() for t in (grad_state, w, u, state, checkpoints)
+    )
+    B, T, C = k.shape
+    results = (*(torch.empty_like(t) for t in (w, u)), *(k.new_empty(B, T, C) for _ in "kv"))
+    results += (w.new_empty(0 if state is None else (B, 3, C)),)
+    steps, _ = _schedule(B, T, C, k.dtype)
+    segments = max(-(-T // steps), 1)
+    local, sums = w.new_empty(segments - 1, B, 4, C), w.new_empty(segments, B, 2, C)
+    initial = None if state is None else results[4]
+    native.cuda(
+        "wkv4_backward", grad_y, grad_state, w, u, k, v, state, checkpoints, *results[:4], initial, local, sums, steps
+    )
+    return results
+
+
 _backward_op = torch_op(
     "wkv4_backward(Tensor? grad_y, Tensor? grad_state, Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, "
     "Tensor checkpoints, int backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_gradients,
-    implementations={"triton": _triton_backward},
+    implementations={"triton": _triton_backward, "cuda": _cuda_backward},
     setup_context=_save_backward,
     backward=_double_backward,
 )
@@ -149,7 +194,7 @@ _op = torch_op(
     "wkv4(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, bool training, int backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_outputs,
-    implementations={"triton": _triton},
+    implementations={"triton": _triton, "cuda": _cuda},
     setup_context=_save,
     backward=_backward,
 )
@@ -281,7 +326,11 @@ wkv4 = register(
     _wkv4,
     kernel=_op,
     reference=reference,
-    supports={"cpu": lambda *_: None, "triton": lambda w, u, k, *_: triton_declines(k)},
+    supports={
+        "cpu": lambda *_: None,
+        "triton": lambda w, u, k, *_: triton_declines(k),
+        "cuda": lambda w, u, k, *_: triton_declines(k),
+    },
     samples=[
         Sample("plain", _inputs(2, 9, 5), _FEW),
         Sample("state", _inputs(2, 9, 5, state=True), _FEW),
