@@ -39,7 +39,7 @@ cudaError_t launch(const How& how, void (*kernel)(Parameters...), Arguments... a
 
 float* shared_floats() { return reinterpret_cast<float*>(host::dynamic_shared()); }
 
-// ---- right -----------------------------------------------------------------------------------------------------------
+// ---- right ----------------------------------------------------------------------------------------------------------
 
 // out[i] of thread i: what warp operation `op` gives for in[i], for the lanes of the mask.
 __global__ void warp_operation(int op, int argument, int width, unsigned mask, const int* in, int* out) {
@@ -189,7 +189,7 @@ __global__ void ring(const float* in, float* out) {
   cluster.barrier_wait(std::move(token));
 }
 
-// ---- defects ---------------------------------------------------------------------------------------------------------
+// ---- defects --------------------------------------------------------------------------------------------------------
 
 __device__ float* launder(float* pointer) {  // so that the compiler cannot see which array it is in
   asm volatile("" : "+r"(pointer));
@@ -328,7 +328,7 @@ cudaError_t with_shared(size_t allowed, size_t used) {
   return error ? error : launch({.shared = used}, nothing);
 }
 
-// ---- by name ---------------------------------------------------------------------------------------------------------
+// ---- by name --------------------------------------------------------------------------------------------------------
 
 struct Arguments {
   void* buffers[4];

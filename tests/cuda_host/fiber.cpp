@@ -13,7 +13,7 @@
 #endif
 
 #if !defined(CUDA_HOST_UCONTEXT)
-// Pushes what a call preserves, exchanges stacks, pops: cuda_host_switch(where to keep this stack, stack to go on with).
+// Pushes what a call preserves, exchanges stacks, pops: (where to keep this stack, the stack to go on with).
 extern "C" __attribute__((visibility("hidden"))) void cuda_host_switch(void** keep, void* next);
 asm(R"(
   .text
@@ -58,7 +58,8 @@ unsigned char* take_stack() {
     free_stacks.pop_back();
     return stack;
   }
-  void* pages = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  const int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* pages = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE, kind, -1, 0);
   if (pages == MAP_FAILED || mprotect(pages, kGuard, PROT_NONE) != 0) throw std::bad_alloc();
   return static_cast<unsigned char*>(pages) + kGuard;
 }

@@ -32,10 +32,10 @@ Thread* current = nullptr;
 
 namespace {
 
-constexpr int kPoison = 0xff;             // NaN in every floating format, −1 in integers
-constexpr int kIdleRounds = 1 << 16;      // of spinning threads alone, after which none is waited for any longer
+constexpr int kPoison = 0xff;         // NaN in every floating format, −1 in integers
+constexpr int kIdleRounds = 1 << 16;  // of spinning threads alone, after which none is waited for any longer
 
-// ---- orders ----------------------------------------------------------------------------------------------------------
+// ---- orders ---------------------------------------------------------------------------------------------------------
 
 struct Order {
   enum { forward, reverse, random } kind = forward;
@@ -59,7 +59,7 @@ Order order = [] {
   return initial;
 }();
 
-// ---- static shared memory --------------------------------------------------------------------------------------------
+// ---- static shared memory -------------------------------------------------------------------------------------------
 
 size_t static_shared_bytes() { return __stop_cuda_shared - __start_cuda_shared; }
 
@@ -76,7 +76,7 @@ __attribute__((no_sanitize("address", "undefined"))) void poison_static_shared()
   for (size_t i = 0, bytes = static_shared_bytes(); i < bytes; ++i) section[i] = kPoison;
 }
 
-// ---- what a defect's message says ------------------------------------------------------------------------------------
+// ---- what a defect's message says -----------------------------------------------------------------------------------
 
 std::string site(const char* operation, const Here& here) {
   std::ostringstream text;
@@ -94,10 +94,11 @@ std::string name_of(const void* function) {
   if (text[0] && text[0] != '(') return text;
 #endif
   Dl_info info;
-  std::ostringstream text_;
-  if (dladdr(function, &info) && info.dli_sname) text_ << info.dli_sname;
-  else text_ << "kernel at +0x" << std::hex << (static_cast<const char*>(function) - static_cast<char*>(info.dli_fbase));
-  return text_.str();
+  if (!dladdr(function, &info)) return "a kernel";
+  if (info.dli_sname) return info.dli_sname;
+  std::ostringstream place;
+  place << "kernel at +0x" << std::hex << (static_cast<const char*>(function) - static_cast<char*>(info.dli_fbase));
+  return place.str();
 }
 
 std::string name_of(const Block& block) {
@@ -136,7 +137,7 @@ std::string describe(const Block& block) {
   return text;
 }
 
-// ---- one launch ------------------------------------------------------------------------------------------------------
+// ---- one launch -----------------------------------------------------------------------------------------------------
 
 const Kernel* kernel = nullptr;
 std::string what_was_wrong;              // set by a thread, thrown by the scheduler
@@ -154,14 +155,16 @@ void run_thread() {
   me.fiber.finish();
 }
 
-[[noreturn]] void fail(const std::string& what) { throw std::runtime_error("cuda_host: " + name_of(kernel->address) + ", " + what); }
+[[noreturn]] void fail(const std::string& what) {
+  throw std::runtime_error("cuda_host: " + name_of(kernel->address) + ", " + what);
+}
 
 void release(Thread& thread) {
   if (thread.exchange && --thread.exchange->readers == 0) free_exchanges.push_back(thread.exchange);
   thread.exchange = nullptr;
 }
 
-// A launch's blocks in turn, or a cluster's or all of a cooperative launch's side by side. `places` of them are resident.
+// A launch's blocks in turn, or a cluster's or all of a cooperative launch's side by side: `places` at a time.
 class Residents {
  public:
   Residents(Grid& grid, unsigned places) : grid_(grid), blocks_(places) {
@@ -313,7 +316,8 @@ class Residents {
   }
 
   [[noreturn]] void stuck(unsigned count, bool spinning) {
-    std::string text = spinning ? "a loop waits for a write that never comes" : "deadlock: threads wait for others that never come";
+    std::string text = spinning ? "a loop waits for a write that never comes"
+                                : "deadlock: threads wait for others that never come";
     unsigned told = 0;
     for (unsigned place = 0; place < count && told < 4; ++place) {
       if (count > 1 && told == 3) {
@@ -395,7 +399,7 @@ bool complete(Block& block, unsigned warp_index, unsigned mask) {
 
 }  // namespace
 
-// ---- what threads call -----------------------------------------------------------------------------------------------
+// ---- what threads call ----------------------------------------------------------------------------------------------
 
 void defect(const std::string& what) {
   const uint3 t = current->index;
@@ -467,7 +471,8 @@ void copy_async(void* shared, const void* global, int bytes, bool inside) {
   Thread& me = *current;
   auto* to = static_cast<unsigned char*>(shared);
   const Block& block = *me.block;
-  if (uintptr_t(shared) % bytes || uintptr_t(global) % bytes) defect("copy_async: an address is not aligned to the copy's size");
+  if (uintptr_t(shared) % bytes || uintptr_t(global) % bytes)
+    defect("copy_async: an address is not aligned to the copy's size");
   if (!in_static_shared(to) && !(to >= block.shared && to < block.shared + block.grid->shared_bytes))
     defect("copy_async: the destination is not in the block's shared memory");
   Copy copy{shared, {}, bytes, me.group};
@@ -486,7 +491,7 @@ void wait_copies(unsigned pending) {
   me.copies.erase(me.copies.begin(), done);
 }
 
-// ---- what a launch calls ---------------------------------------------------------------------------------------------
+// ---- what a launch calls --------------------------------------------------------------------------------------------
 
 bool set_order(const char* name) {
   Order next;

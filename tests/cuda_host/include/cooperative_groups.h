@@ -45,7 +45,9 @@ struct grid_group {
     const dim3 size = cuda_host::current->block->grid->size;
     return 1ull * size.x * size.y * size.z;
   }
-  static unsigned long long thread_rank() { return block_rank() * thread_block::num_threads() + thread_block::thread_rank(); }
+  static unsigned long long thread_rank() {
+    return block_rank() * thread_block::num_threads() + thread_block::thread_rank();
+  }
   static unsigned long long num_threads() { return num_blocks() * thread_block::num_threads(); }
 };
 inline grid_group this_grid() { return {}; }

@@ -1,8 +1,8 @@
 // Stands in for CUDA's header of this name: a .cu file compiled with g++ against it runs on the CPU.
 //
 // Every thread of a block is a fiber, and everything runs on the OS thread that launched: a run is a function of its
-// inputs and of the thread order (see cuda_host/thread.h), so whatever goes wrong goes wrong again. Blocks run one after
-// the other, in any order; those of a cluster or of a cooperative launch run side by side.
+// inputs and of the thread order (see cuda_host/thread.h), so whatever goes wrong goes wrong again. Blocks run one
+// after the other, in any order; those of a cluster or of a cooperative launch run side by side.
 //
 // What is caught, by the sanitizers: overruns of global, dynamic shared, static shared and local memory, misaligned
 // vector accesses, overflows, shifts. By the scheduler, at once or when nothing can go on: barriers that not every
@@ -16,8 +16,8 @@
 // conflicts, coalescing, registers, occupancy that registers limit, time. Arithmetic is the host's: no contraction to
 // fma, exact exponentials.
 //
-// Two rules for kernels: `__shared__` variables live in functions of an anonymous namespace (elsewhere g++ forgets their
-// section), and a loop that waits for another thread's write calls cuda_host::spin() in its body.
+// Two rules for kernels: `__shared__` variables live in functions of an anonymous namespace (elsewhere g++ forgets
+// their section), and a loop that waits for another thread's write calls cuda_host::spin() in its body.
 #pragma once
 
 #include "cuda_host/types.h"

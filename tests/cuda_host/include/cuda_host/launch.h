@@ -70,7 +70,8 @@ int blocks_per_multiprocessor(unsigned threads, size_t shared);
 }  // namespace cuda_host
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   using Call = std::tuple<void (*)(Parameters...), std::tuple<Parameters...>>;
   const Call call(kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...));
   return cuda_host::launch(*config, {reinterpret_cast<const void*>(kernel),

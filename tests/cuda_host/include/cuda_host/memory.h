@@ -47,7 +47,8 @@ T atomicAdd(T* place, cuda_host::Value<T> value) {
 }
 template <class T>
 T atomicSub(T* place, cuda_host::Value<T> value) {
-  return cuda_host::modify(place, [=](T old) { return T(std::make_unsigned_t<T>(old) - std::make_unsigned_t<T>(value)); });
+  using U = std::make_unsigned_t<T>;
+  return cuda_host::modify(place, [=](T old) { return T(U(old) - U(value)); });
 }
 template <class T>
 T atomicMax(T* place, cuda_host::Value<T> value) {
