@@ -238,7 +238,9 @@ constexpr int TILE_QUEUE = 32;
 
 // Where a row's part of 16 bytes lies in its 128: eight neighbouring lanes meet eight different groups of banks, whether
 // they read 4 parts of 2 rows or 1 part of 4 even or odd rows.
-__device__ inline int place_of(int row, int part) { return row * ROW_BYTES + (part ^ ((row & 1) << 2 | (row >> 1 & 3))) * 16; }
+__device__ inline int place_of(int row, int part) {
+  return row * ROW_BYTES + (part ^ ((row & 1) << 2 | (row >> 1 & 3))) * 16;
+}
 
 // A slice of ROWS rows, `stride` apart, the last of `count` repeated.
 template <class T, int ROWS, bool ALIGNED>
@@ -525,10 +527,11 @@ count_digits(const float* scores, unsigned* histograms, int64_t M, int64_t ld, i
   histograms += row * DIGITS * BINS;
   const unsigned found = find_digits(histograms, digit, k).digits;  // after a barrier
   const int shift = shift_of(digit), before = digit == 0 ? 32 : shift_of(digit - 1);
+  const unsigned mask = (1u << (before - shift)) - 1;
   const int64_t end = min(start + PART, M);
   for (int64_t i = start + threadIdx.x; i < end; i += DIGIT_THREADS) {
     const unsigned number = order(scores[row * ld + i]);
-    if (digit == 0 || (number ^ found) >> before == 0) atomicAdd(&bins[number >> shift & (BINS - 1) & ((1u << (before - shift)) - 1)], 1u);
+    if (digit == 0 || (number ^ found) >> before == 0) atomicAdd(&bins[number >> shift & mask], 1u);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < BINS; i += DIGIT_THREADS)
@@ -553,7 +556,8 @@ collect(const float* scores, const unsigned* histograms, int64_t* counts, float*
   for (int64_t first = start; first < end; first += 32) {
     const int64_t m = first + lane_of();
     const unsigned number = m < end ? order(scores[row * ld + m]) : 0;
-    const unsigned is_above = __ballot_sync(~0u, number > last.digits), is_equal = __ballot_sync(~0u, number == last.digits);
+    const unsigned is_above = __ballot_sync(~0u, number > last.digits);
+    const unsigned is_equal = __ballot_sync(~0u, number == last.digits);
     if constexpr (COLLECT) {
       const unsigned lower = (1u << lane_of()) - 1;
       const int64_t equal_before = equal + __popc(is_equal & lower);
