@@ -23,3 +23,16 @@ def test_every_schedule(monkeypatch, sample, dtype, steps, wide):
     host.set_order(f"random:{torch.initial_seed()}")
     results = compare_sample(OPS["wkv4"], sample, dtype, "cpu", "cuda")
     assert all(result.ok for result in results), [*map(str, results)]
+
+
+def test_a_state_that_has_seen_nothing(monkeypatch):
+    """Where bb is 0, whatever pp, also joined by segments."""
+    monkeypatch.setattr(wkv4, "_schedule", lambda *_: (32, False))
+
+    def emptied(inputs):
+        aa, bb, pp = inputs["state"].unbind(1)
+        return inputs | {"state": torch.stack((0 * aa, torch.where(pp > 0, bb, 0), pp + 50), 1)}
+
+    sample = next(sample for sample in OPS["wkv4"].samples if sample.label == "several chunks")
+    results = compare_sample(OPS["wkv4"], sample, torch.float32, "cpu", "cuda", emptied)
+    assert all(result.ok for result in results), [*map(str, results)]
