@@ -137,7 +137,7 @@ constexpr int FEW_QUEUE = 64;                              // a pass of 32 keys 
 
 // Eight lanes read a key, 128 bytes at a time, and a lane eight keys side by side, of one of which it ends with the scores.
 template <class T, int QUERIES, bool ALIGNED>
-__global__ void __launch_bounds__(32 * FEW_WARPS, ALIGNED || QUERIES == 1 ? 2 : 1) search_few(const Problem<T> p) {
+__global__ void __launch_bounds__(32 * FEW_WARPS, QUERIES == 1 ? 2 : 1) search_few(const Problem<T> p) {
   constexpr int E = PART_NUMBERS<T>;
   const int lane = lane_of(), warp = threadIdx.x / 32, own = lane % FEW_LANES, group = lane / FEW_LANES, k = p.k;
   const int64_t split = blockIdx.x % p.splits, task = blockIdx.x / p.splits;
