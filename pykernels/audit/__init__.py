@@ -186,7 +186,9 @@ def main(args: argparse.Namespace) -> int:
             rows = audit(
                 args.ops or None, args.target, dtypes=dtypes,
                 samples=args.samples, representative=args.representative, jobs=args.jobs,
-                track=lambda label, items, total=None: progress.track(items, total or len(items), description=label),
+                track=lambda label, items, total=None: progress.track(
+                    items, len(items) if total is None else total, description=label
+                ),
             )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         console.print(f"[red]{error}[/]")
