@@ -867,24 +867,21 @@ def _step_workloads(op):
         yield _job(f"B{B} H{H}", op(B, H, H), quick=H == 256)
 
 
-_common = dict(
-    kernel=_rnn_op,
-    reference=reference,
-    supports={"cpu": lambda *_: None, "triton": triton_declines, "cuda": _cuda_declines},
-)
+_common = dict(kernel=_rnn_op, reference=reference, supports={"cpu": lambda *_: None, "triton": triton_declines})
+_with_cuda = _common | dict(supports=_common["supports"] | {"cuda": _cuda_declines})
 _inputs = ("input", "hx", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 _few = _sizes[1:2] + _sizes[4:5]
 lstm = register(
     _lstm,
-    **_common,
+    **_with_cuda,
     samples=_samples("lstm", _of(4, _layer)),
     workloads=_workloads(_of(4, _layer), _sizes, _sizes, _sizes, 256),
     differentiable=(*_inputs, "weight_hr"),
 )
 gru = register(
     _gru,
-    **_common,
+    **_with_cuda,
     samples=_samples("gru", _of(3, _layer)),
     workloads=_workloads(_of(3, _layer), _few, _few, _few, 256),
     differentiable=_inputs,
