@@ -6,8 +6,8 @@
 // The queries of the G = H / Hk heads that share a key head are one list of G·N rows. A task owns a block of these
 // rows and a range of keys. It reads K and V in blocks of KEYS, six rows at a time, with the online softmax: running
 // maximum m, sum l and unnormalised output o, rescaled only when m has grown well. Everything between the two products
-// happens on a [6][KEYS] tile that stays in L1. Scores are in base 2 (m in units of log2): p = 2^(c·s − m) is one FMA and one
-// polynomial.
+// happens on a [6][KEYS] tile that stays in L1. Scores are in base 2 (m in units of log2): p = 2^(c·s − m) is one FMA
+// and one polynomial.
 //
 // K and V are packed for the microkernel (gemm_tile.h). With many heads each is one thread's, which packs it and runs
 // all its row blocks; with few, all threads pack, then share the row blocks. A task that alone reads its keys packs

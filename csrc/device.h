@@ -21,7 +21,7 @@
 
 namespace {
 
-// ---- arguments -------------------------------------------------------------------------------------------------------
+// ---- arguments ------------------------------------------------------------------------------------------------------
 
 inline bool is_on_device(const Tensor& t) {
 #if defined(CUDA_ON_HOST)
@@ -48,7 +48,7 @@ void for_device_dtype(ScalarType storage, const F& f) {
   }
 }
 
-// ---- launches --------------------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------------------------------
 
 inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
@@ -119,7 +119,7 @@ void launch(const Launch& how, void (*kernel)(Parameters...), Arguments&&... arg
   check_cuda(cudaGetLastError(), "launch");
 }
 
-// ---- inside kernels --------------------------------------------------------------------------------------------------
+// ---- inside kernels -------------------------------------------------------------------------------------------------
 
 // The block's dynamic shared memory, aligned to 128 bytes.
 __device__ inline unsigned char* dynamic_shared() {
@@ -142,7 +142,8 @@ __device__ inline void copy_async(void* shared, const void* global, bool inside 
   if constexpr (BYTES == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(size) : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global), "r"(size), "n"(BYTES) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global), "r"(size), "n"(BYTES)
+                 : "memory");
 #endif
 }
 

@@ -42,7 +42,8 @@ struct ProductKeys {
   void run() const {
     if (N == 0) return;
     const int64_t threads = thread_count(), panels = H * ceil_div(N, Finder::PANEL);
-    const int64_t batch = std::clamp<int64_t>(panels / (4 * threads), 1, 4) * Finder::PANEL, batches = ceil_div(N, batch);
+    const int64_t batch = std::clamp<int64_t>(panels / (4 * threads), 1, 4) * Finder::PANEL;
+    const int64_t batches = ceil_div(N, batch);
     std::vector<int64_t> widths(k);  // candidates (a, b) of each a
     for (int64_t a = 0; a < k; ++a) widths[a] = k / (a + 1);
     const int64_t candidates = std::accumulate(widths.begin(), widths.end(), int64_t{0});

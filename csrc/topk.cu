@@ -1,27 +1,27 @@
-// Exact top-k search:  s_m = scale q·K_m, the k largest in the order of (score descending, index ascending), NaN on top.
+// Exact top-k search:  s_m = scale q·K_m, the k largest in the order of (score descending, index ascending), NaN first.
 //
 //   kernel           a block owns                              reads                        writes
-//   search_few       up to 4 queries of a head and a share     its share of the keys, once  for each query the k best of
-//                    of the keys                                                            the share, in order
+//   search_few       up to 4 queries of a head and a share     its share of the keys, once  for each query the k best
+//                    of the keys                                                            of the share, in order
 //   search_tile      16 or 64 queries of a head and a share    the same, by tiles of 128    the same; or all scores
 //                    of the keys                               keys
 //   merge_lists      a query of a head                         the lists of all shares      scores, indices
 //   count_digits     PART scores of a query and head           these                        a histogram of 11 bits
-//   count_section,   a warp: SECTION scores of a query and     these                        how many are above, and at,
-//   collect          head                                                                   the k-th; those that are chosen
+//   collect          a warp: SECTION scores of a query and     these                        how many are above, and at,
+//                    head                                                                   the k-th; those chosen
 //
 // A score and its key's index are one integer, an entry; entries are distinct and larger ones come first, so neither
-// shares nor threads show in the result. Up to k = 256 the scores are never in memory: for each query there is a list of
-// the k best so far, a queue of 32 or 64 entries in shared memory, and in registers the bar, the k-th best score. Those
-// that pass it enter the queue, and a full queue is sorted by a bitonic network across a warp's lanes and joined with the
-// list, which raises the bar. Beyond, scores of a few queries at a time are written, the k-th is found by its digits in
-// three passes, and what is above it is collected in the order of the keys.
+// shares nor threads show in the result. Up to k = 256 the scores are never in memory: for each query there is a list
+// of the k best so far, a queue of 32 or 64 entries in shared memory, and in registers the bar, the k-th best score.
+// Those that pass it enter the queue, and a full queue is sorted by a bitonic network across a warp's lanes and joined
+// with the list, which raises the bar. Beyond, scores of a few queries at a time are written, the k-th is found by its
+// digits in three passes, and what is above it is collected in the order of the keys.
 //
-// What should limit search_few is memory: 128 bytes of 32 keys are 234 instructions in its loop (sm_90a), 15 a key of 128
-// bf16 numbers, of 68 that a multiprocessor of an H100 issues while that key is on its way. What should limit search_tile
-// is the tensor core (FP32 units in fp32): its warps read operands 16 bytes a lane, 24 loads for 64 products of 16×8×16,
-// since the products' inner index may be permuted: a lane's 16 bytes of a row are the slots that it holds of two products.
-// Where shares are short beside k it is the queues: nearly every score enters one.
+// What should limit search_few is memory: 128 bytes of 32 keys are 234 instructions in its loop (sm_90a), 15 a key of
+// 128 bf16 numbers, of 68 that a multiprocessor of an H100 issues while that key is on its way. What should limit
+// search_tile is the tensor core (FP32 units in fp32): its warps read operands 16 bytes a lane, 24 loads for 64
+// products of 16×8×16, since the products' inner index may be permuted: a lane's 16 bytes of a row are the slots that
+// it holds of two products. Where shares are short beside k it is the queues: nearly every score enters one.
 
 #include "mma.h"
 #include "rows.h"
@@ -30,7 +30,7 @@ namespace {
 
 constexpr int LARGEST_LIST = 256;  // k, for which lists are kept
 
-// ---- entries ---------------------------------------------------------------------------------------------------------
+// ---- entries --------------------------------------------------------------------------------------------------------
 
 using Entry = uint64_t;  // the score's order, then the index, inverted; 0: none
 
@@ -54,7 +54,7 @@ __device__ inline float bar_of(Entry last) {
   return found == ~0u ? __uint_as_float(0x7f800000) : score_of(found);
 }
 
-// ---- a warp's lists --------------------------------------------------------------------------------------------------
+// ---- a warp's lists -------------------------------------------------------------------------------------------------
 
 __device__ inline int lane_of() { return threadIdx.x % 32; }
 
@@ -114,7 +114,7 @@ __device__ void join_list(Entry* list, int k, const Entry* other) {
   }
 }
 
-// ---- arguments -------------------------------------------------------------------------------------------------------
+// ---- arguments ------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct Problem {
@@ -135,7 +135,10 @@ struct Problem {
 constexpr int FEW_WARPS = 8, FEW_LANES = 8, FEW_KEYS = 8;  // lanes to a key; keys that a lane reads at once
 constexpr int FEW_QUEUE = 64;                              // a pass of 32 keys always fits
 
-// Eight lanes read a key, 128 bytes at a time, and a lane eight keys side by side, of one of which it ends with the scores.
+// Eight lanes read a key, 128 bytes at a time, and a lane eight keys side by side, of one of which it ends with the
+// scores.
+// audit: search_few: dynamic shared 24576 * QUERIES: the most that is served; of k = 32 and 128 numbers 6656 a query
+// audit: search_few where ALIGNED=false: allow narrow load: rows begin anywhere
 template <class T, int QUERIES, bool ALIGNED>
 __global__ void __launch_bounds__(32 * FEW_WARPS, QUERIES == 1 ? 2 : 1) search_few(const Problem<T> p) {
   constexpr int E = PART_NUMBERS<T>;
@@ -146,7 +149,8 @@ __global__ void __launch_bounds__(32 * FEW_WARPS, QUERIES == 1 ? 2 : 1) search_f
   const int64_t start = split * p.share, end = min(start + p.share, p.M);
   Entry* lists = reinterpret_cast<Entry*>(dynamic_shared());  // [FEW_WARPS, QUERIES, k]
   Entry* queues = lists + FEW_WARPS * QUERIES * k + warp * QUERIES * FEW_QUEUE;
-  float4* queries = reinterpret_cast<float4*>(lists + FEW_WARPS * QUERIES * (k + FEW_QUEUE));  // [QUERIES, E / 4, parts]
+  // [QUERIES, E / 4, parts]
+  float4* queries = reinterpret_cast<float4*>(lists + FEW_WARPS * QUERIES * (k + FEW_QUEUE));
   lists += warp * QUERIES * k;
   for (int i = threadIdx.x; i < QUERIES * parts; i += blockDim.x) {
     const int q = i / parts, part = i % parts;
@@ -229,14 +233,14 @@ __global__ void __launch_bounds__(32 * FEW_WARPS, QUERIES == 1 ? 2 : 1) search_f
       for (int i = lane; i < k; i += 32) p.lists[((split * p.N + n + q) * p.H + h) * k + i] = lists[q * k + i];
 }
 
-// ---- tiles of scores -------------------------------------------------------------------------------------------------
+// ---- tiles of scores ------------------------------------------------------------------------------------------------
 
 constexpr int TILE_WARPS = 4, TILE_KEYS = 32 * TILE_WARPS, STAGES = 3;
-constexpr int ROW_BYTES = 128;                    // of a row at a time: a slice
-constexpr int RESIDENT_BYTES = 32 << 10;          // queries that stay; of more, slices come along with those of the keys
+constexpr int ROW_BYTES = 128;            // of a row at a time: a slice
+constexpr int RESIDENT_BYTES = 32 << 10;  // queries that stay; of more, slices come along with those of the keys
 constexpr int TILE_QUEUE = 32;
 
-// Where a row's part of 16 bytes lies in its 128: eight neighbouring lanes meet eight different groups of banks, whether
+// Where a row's part of 16 bytes lies in its 128: eight neighbouring lanes meet eight different groups of banks, if
 // they read 4 parts of 2 rows or 1 part of 4 even or odd rows.
 __device__ inline int place_of(int row, int part) {
   return row * ROW_BYTES + (part ^ ((row & 1) << 2 | (row >> 1 & 3))) * 16;
@@ -311,6 +315,10 @@ struct Queues {
   unsigned counts[ROWS];  // as many as asked for room
 };
 
+// audit: search_tile where SCORES=false: dynamic shared 81920 + 268 * ROWS: stages, the most queries that stay, queues
+// audit: search_tile where SCORES=true: dynamic shared 81920: stages, the most queries that stay
+// audit: search_tile where ALIGNED=false: allow narrow load: rows begin anywhere
+// audit: search_tile where ALIGNED=false T=BFloat16 T=Half: allow async copy: no copy takes two bytes
 template <class T, int ROWS, bool ALIGNED, bool SCORES>
 __global__ void __launch_bounds__(32 * TILE_WARPS, 2) search_tile(const Problem<T> p) {
   constexpr int SLICE = ROW_BYTES / sizeof(T);
@@ -335,7 +343,8 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, 2) search_tile(const Problem<
     if (next_tile < tiles) {
       unsigned char* to = stages + next_stage * stage_bytes;
       const int64_t first = next_tile * TILE_KEYS, column = int64_t(next_slice) * SLICE;
-      load_slice<T, TILE_KEYS, ALIGNED>(to, keys + first * p.keys_stride, p.keys_stride, end - start - first, column, p.d);
+      load_slice<T, TILE_KEYS, ALIGNED>(to, keys + first * p.keys_stride, p.keys_stride, end - start - first, column,
+                                        p.d);
       if (!resident)
         load_slice<T, ROWS, ALIGNED>(to + TILE_KEYS * ROW_BYTES, query, p.query_stride, valid, column, p.d);
       next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
@@ -448,10 +457,11 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, 2) search_tile(const Problem<
   if constexpr (!SCORES) flush(0);
 }
 
-// ---- the lists of all shares -----------------------------------------------------------------------------------------
+// ---- the lists of all shares ----------------------------------------------------------------------------------------
 
 constexpr int MERGE_WARPS = 32;
 
+// audit: merge_lists: dynamic shared 32768: no more than 4096 entries
 __global__ void __launch_bounds__(32 * MERGE_WARPS)
 merge_lists(const Entry* lists, float* scores, int64_t* indices, int64_t splits, int64_t rows, int k) {
   const int64_t row = blockIdx.x;
@@ -460,7 +470,8 @@ merge_lists(const Entry* lists, float* scores, int64_t* indices, int64_t splits,
   Entry* own = all + warp * k;
   for (int i = lane; i < k; i += 32) own[i] = lists[(warp * rows + row) * k + i];
   __syncwarp();
-  for (int64_t split = warp + warps; split < splits; split += warps) join_list(own, k, lists + (split * rows + row) * k);
+  for (int64_t split = warp + warps; split < splits; split += warps)
+    join_list(own, k, lists + (split * rows + row) * k);
   for (int half = warps / 2; half > 0; half /= 2) {
     __syncthreads();
     if (warp < half) join_list(own, k, own + half * k);
@@ -472,7 +483,7 @@ merge_lists(const Entry* lists, float* scores, int64_t* indices, int64_t splits,
   }
 }
 
-// ---- large k: the k-th score by its digits ---------------------------------------------------------------------------
+// ---- large k: the k-th score by its digits --------------------------------------------------------------------------
 
 constexpr int DIGITS = 3, BINS = 2048, DIGIT_THREADS = 256;  // bits 31 .. 21, 20 .. 10 and 9 .. 0 of a score's order
 constexpr int64_t PART = 16384, SECTION = 2048;
@@ -489,15 +500,19 @@ struct Found {
 // DIGIT_THREADS.
 __device__ Found find_digits(const unsigned* histograms, int count, int64_t k) {
   constexpr int EACH = BINS / DIGIT_THREADS, WARPS = DIGIT_THREADS / 32;
+  struct alignas(16) Bins {
+    unsigned of[EACH];
+  };
   __shared__ int64_t totals[WARPS];
   __shared__ Found found;
   if (threadIdx.x == 0) found = {0, k};
   __syncthreads();
   for (int digit = 0; digit < count; ++digit) {
-    const int highest = BINS - 1 - int(threadIdx.x) * EACH;
-    const unsigned* bins = histograms + digit * BINS;
+    const int lowest = BINS - (int(threadIdx.x) + 1) * EACH;  // of this thread's bins
+    const Bins bins = *reinterpret_cast<const Bins*>(histograms + digit * BINS + lowest);
     int64_t own = 0;
-    for (int i = 0; i < EACH; ++i) own += bins[highest - i];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) own += bins.of[i];
     int64_t above = own;  // numbers in this thread's bins and larger ones
     for (int step = 1; step < 32; step *= 2) {
       const int64_t other = __shfl_up_sync(~0u, above, step);
@@ -508,10 +523,11 @@ __device__ Found find_digits(const unsigned* histograms, int count, int64_t k) {
     __syncthreads();
     for (int warp = 0; warp < int(threadIdx.x) / 32; ++warp) above += totals[warp];
     above -= own;
-    if (above < before.rank && before.rank <= above + own) {
-      int bin = highest;
-      for (; above + bins[bin] < before.rank; --bin) above += bins[bin];
-      found = {before.digits | unsigned(bin) << shift_of(digit), before.rank - above};
+#pragma unroll
+    for (int i = EACH - 1; i >= 0; --i) {
+      if (above < before.rank && before.rank <= above + bins.of[i])  // in one bin of all
+        found = {before.digits | unsigned(lowest + i) << shift_of(digit), before.rank - above};
+      above += bins.of[i];
     }
     __syncthreads();
   }
@@ -529,9 +545,14 @@ count_digits(const float* scores, unsigned* histograms, int64_t M, int64_t ld, i
   const int shift = shift_of(digit), before = digit == 0 ? 32 : shift_of(digit - 1);
   const unsigned mask = (1u << (before - shift)) - 1;
   const int64_t end = min(start + PART, M);
-  for (int64_t i = start + threadIdx.x; i < end; i += DIGIT_THREADS) {
-    const unsigned number = order(scores[row * ld + i]);
+  auto count = [&](float score) {
+    const unsigned number = order(score);
     if (digit == 0 || (number ^ found) >> before == 0) atomicAdd(&bins[number >> shift & mask], 1u);
+  };
+  for (int64_t i = start + 2 * threadIdx.x; i < end; i += 2 * DIGIT_THREADS) {
+    const float2 pair = *reinterpret_cast<const float2*>(scores + row * ld + i);  // rows are padded to pairs
+    count(pair.x);
+    if (i + 1 < end) count(pair.y);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < BINS; i += DIGIT_THREADS)
@@ -553,26 +574,38 @@ collect(const float* scores, const unsigned* histograms, int64_t* counts, float*
   counts += (row * sections + section) * 2;
   int64_t above = COLLECT ? counts[0] : 0, equal = COLLECT ? counts[1] : 0;
   const int64_t start = section * SECTION, end = min(start + SECTION, M);
-  for (int64_t first = start; first < end; first += 32) {
-    const int64_t m = first + lane_of();
-    const unsigned number = m < end ? order(scores[row * ld + m]) : 0;
-    const unsigned is_above = __ballot_sync(~0u, number > last.digits);
-    const unsigned is_equal = __ballot_sync(~0u, number == last.digits);
+  for (int64_t first = start; first < end; first += 64) {
+    const int64_t m = first + 2 * lane_of();
+    const float2 pair = m < end ? *reinterpret_cast<const float2*>(scores + row * ld + m) : float2{};
+    const unsigned numbers[2] = {m < end ? order(pair.x) : 0, m + 1 < end ? order(pair.y) : 0};
+    unsigned is_above[2], is_equal[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      is_above[i] = __ballot_sync(~0u, numbers[i] > last.digits);
+      is_equal[i] = __ballot_sync(~0u, numbers[i] == last.digits);
+    }
     if constexpr (COLLECT) {
       const unsigned lower = (1u << lane_of()) - 1;
-      const int64_t equal_before = equal + __popc(is_equal & lower);
-      if (number > last.digits || (number == last.digits && equal_before < last.rank)) {
-        const int64_t to = row * k + above + __popc(is_above & lower) + min(equal_before, last.rank);
-        best[to] = score_of(number);
-        indices[to] = m;
+      int64_t above_before = above + __popc(is_above[0] & lower) + __popc(is_above[1] & lower);
+      int64_t equal_before = equal + __popc(is_equal[0] & lower) + __popc(is_equal[1] & lower);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool exceeds = numbers[i] > last.digits, equals = numbers[i] == last.digits;
+        if (exceeds || (equals && equal_before < last.rank)) {
+          const int64_t to = row * k + above_before + min(equal_before, last.rank);
+          best[to] = score_of(numbers[i]);
+          indices[to] = m + i;
+        }
+        above_before += exceeds, equal_before += equals;
       }
     }
-    above += __popc(is_above), equal += __popc(is_equal);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) above += __popc(is_above[i]), equal += __popc(is_equal[i]);
   }
   if (!COLLECT && lane_of() == 0) counts[0] = above, counts[1] = equal;
 }
 
-// ---- entries ---------------------------------------------------------------------------------------------------------
+// ---- entries --------------------------------------------------------------------------------------------------------
 
 // Arguments that all searches share; the tensors' memory is typed by the caller.
 template <class T>
@@ -624,7 +657,8 @@ void check_search(const Tensor& query, const Tensor& keys) {
   check_device_tensor(keys, 3, query.scalar_type(), "keys");
   check_size(keys, 0, query.size(1), "keys");
   check_size(keys, 2, query.size(2), "keys");
-  STD_TORCH_CHECK(query.size(2) >= 1 && query.size(2) < int64_t(1) << 24, "query: expected 1 to 2^24 - 1 numbers a row");
+  STD_TORCH_CHECK(query.size(2) >= 1 && query.size(2) < int64_t(1) << 24,
+                  "query: expected 1 to 2^24 - 1 numbers a row");
   STD_TORCH_CHECK(query.size(2) == 1 || (query.stride(2) == 1 && keys.stride(2) == 1),
                   "query, keys: expected rows of neighbouring numbers");
   STD_TORCH_CHECK(keys.size(1) < int64_t(1) << 32, "keys: expected fewer than 2^32 rows, got ", keys.size(1));
@@ -635,6 +669,11 @@ void check_output(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarT
   int64_t dim = 0;
   for (const int64_t size : sizes) check_size(t, dim++, size, name);
   STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+void check_aligned(const Tensor& t, uintptr_t bytes, const char* name) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % bytes == 0, name, ": expected an address that ", bytes,
+                  " divides");
 }
 
 // query: [N, H, d], keys: [H, M, d] -> scores, indices: [N, H, k]. lists: [splits, N, H, k], memory to work in.
@@ -658,8 +697,9 @@ void topk_search(Tensor query, Tensor keys, Tensor lists, Tensor scores, Tensor 
   });
   unsigned warps = 1;
   while (2 * warps <= std::min<int64_t>(splits, MERGE_WARPS) && 2 * warps * k <= 4096) warps *= 2;
-  launch({.grid = unsigned(N * H), .block = 32 * warps, .stream = stream, .shared = warps * k * sizeof(Entry)}, merge_lists,
-         entries, static_cast<float*>(scores.data_ptr()), static_cast<int64_t*>(indices.data_ptr()), splits, N * H, int(k));
+  launch({.grid = unsigned(N * H), .block = 32 * warps, .stream = stream, .shared = warps * k * sizeof(Entry)},
+         merge_lists, entries, static_cast<float*>(scores.data_ptr()), static_cast<int64_t*>(indices.data_ptr()),
+         splits, N * H, int(k));
 }
 
 // scores: [N, H, ld], ld even: the first M of each row are written (and, of M odd, one more).
@@ -673,6 +713,8 @@ void topk_count(Tensor query, Tensor keys, Tensor scores, Tensor histograms, Ten
   check_output(scores, {N, H, ld}, ScalarType::Float, "scores");
   check_output(histograms, {N, H, DIGITS, BINS}, ScalarType::Int, "histograms");
   check_output(counts, {N, H, ceil_div(M, SECTION), 2}, ScalarType::Long, "counts");
+  check_aligned(scores, 8, "scores");
+  check_aligned(histograms, 16, "histograms");
   const int64_t parts = ceil_div(M, PART), blocks = ceil_div(ceil_div(M, SECTION), DIGIT_THREADS / 32);
   STD_TORCH_CHECK(rows * std::max(parts, blocks) < int64_t(1) << 31, "query: expected fewer rows");
   DeviceGuard guard(query);
@@ -685,23 +727,26 @@ void topk_count(Tensor query, Tensor keys, Tensor scores, Tensor histograms, Ten
   });
   unsigned* bins = static_cast<unsigned*>(histograms.data_ptr());
   for (int digit = 0; digit < DIGITS; ++digit)
-    launch({.grid = unsigned(rows * parts), .block = DIGIT_THREADS, .stream = stream}, count_digits, all, bins, M, ld, k,
-           digit);
+    launch({.grid = unsigned(rows * parts), .block = DIGIT_THREADS, .stream = stream}, count_digits, all, bins, M, ld,
+           k, digit);
   launch({.grid = unsigned(rows * blocks), .block = DIGIT_THREADS, .stream = stream}, collect<false>, all, bins,
          static_cast<int64_t*>(counts.data_ptr()), nullptr, nullptr, M, ld, k);
 }
 
-// After topk_count; before: what sections before have of its counts. best, indices: [N, H, k], in the order of the keys.
-void topk_collect(Tensor scores, Tensor histograms, Tensor before, Tensor best, Tensor indices, int64_t M, int64_t stream) {
+// After topk_count; before: what sections before have of its counts. best, indices: [N, H, k], in the keys' order.
+void topk_collect(Tensor scores, Tensor histograms, Tensor before, Tensor best, Tensor indices, int64_t M,
+                  int64_t stream) {
   check_device_tensor(scores, 3, ScalarType::Float, "scores");
   check_device_tensor(best, 3, ScalarType::Float, "best");
   const int64_t N = scores.size(0), H = scores.size(1), ld = scores.size(2), k = best.size(2);
-  STD_TORCH_CHECK(k >= 1 && k <= M && M <= ld, "M: expected ", k, " to ", ld, ", got ", M);
+  STD_TORCH_CHECK(k >= 1 && k <= M && M <= ld && ld % 2 == 0, "M: expected ", k, " to ", ld, ", even, got ", M);
   check_output(scores, {N, H, ld}, ScalarType::Float, "scores");
   check_output(histograms, {N, H, DIGITS, BINS}, ScalarType::Int, "histograms");
   check_output(before, {N, H, ceil_div(M, SECTION), 2}, ScalarType::Long, "before");
   check_output(best, {N, H, k}, ScalarType::Float, "best");
   check_output(indices, {N, H, k}, ScalarType::Long, "indices");
+  check_aligned(scores, 8, "scores");
+  check_aligned(histograms, 16, "histograms");
   const int64_t blocks = ceil_div(ceil_div(M, SECTION), DIGIT_THREADS / 32);
   STD_TORCH_CHECK(N * H * blocks < int64_t(1) << 31, "scores: expected fewer rows");
   DeviceGuard guard(scores);

@@ -168,9 +168,11 @@ class Search {
 
   Search(int64_t d, int64_t k, Acc scale, int64_t queries)
       : d_(d), k_(k), scale_(scale), units_(ceil_div(d, P::depth)), padded_(round_up(units_, W)),
-        capacity_(k + std::max<int64_t>(k, 16)), block_(round_up(std::clamp<int64_t>(65536 / (d * sizeof(Storage)), 12, 480), 12)),
-        queries_(round_up(queries, W) * padded_), stage_(stage_units<P>(d)), staged_(block_ * padded_), thresholds_(round_up(queries, W)),
-        next_(queries), ranked_(queries), entries_(queries * capacity_), scratch_(capacity_ + W) {}
+        capacity_(k + std::max<int64_t>(k, 16)),
+        block_(round_up(std::clamp<int64_t>(65536 / (d * sizeof(Storage)), 12, 480), 12)),
+        queries_(round_up(queries, W) * padded_), stage_(stage_units<P>(d)), staged_(block_ * padded_),
+        thresholds_(round_up(queries, W)), next_(queries), ranked_(queries), entries_(queries * capacity_),
+        scratch_(capacity_ + W) {}
 
   // Up to as many queries as there is room for.
   void start(Rows<Storage> queries, int64_t count) {
@@ -234,7 +236,8 @@ class Search {
         const int64_t now = std::min(height, count - i);
         alignas(64) Acc tile[TILE_ROWS * PANEL];
         if (q == 0)
-          for (int64_t r = 0; r < now; ++r) prefetch_row(rows + (i + r) * stride + PREFETCH_BYTES / sizeof(Unit), units_);
+          for (int64_t r = 0; r < now; ++r)
+            prefetch_row(rows + (i + r) * stride + PREFETCH_BYTES / sizeof(Unit), units_);
         const int64_t width = vectors * W;
         for (int64_t u = 0; u < units_; u += SUM_UNITS) {
           const Left<Unit> a = {rows + i * stride + u, stride, 1};
@@ -243,8 +246,8 @@ class Search {
           if (now == 2 * TILE_ROWS) gemm_tile<P, 2 * TILE_ROWS, 1>(depth, a, b, width, tile, width, u > 0);
           else
             for (int64_t r = 0; r < now; r += TILE_ROWS)
-              gemm_strip<P>(std::min<int64_t>(TILE_ROWS, now - r), vectors, depth, {a.at + r * stride, stride, 1}, b, width,
-                            tile + r * width, width, u > 0);
+              gemm_strip<P>(std::min<int64_t>(TILE_ROWS, now - r), vectors, depth, {a.at + r * stride, stride, 1}, b,
+                            width, tile + r * width, width, u > 0);
         }
         for (int64_t r = 0; r < now; ++r) {
           const Acc* scores = tile + r * width;

@@ -7,13 +7,13 @@
 //                it where there are few                  by side
 //   dot_rows     32 entries of a bag                     their rows, eight lanes a row;  dw
 //                                                        the bag's dy
-//   sum_hits     a block of columns of LOT hits, sorted  w and dy of the hits            dV of rows that end within, sums
-//                by row, then position                                                   of those cut at either end
+//   sum_hits     a block of columns of LOT hits, sorted  w and dy of the hits            dV of rows that end within,
+//                by row, then position                                                   sums of those cut at an end
 //   join_hits    a block of columns of a row that was    its sums, in order              its dV
 //                cut
 //
-// A bag is (n, g): table g's. An index out of range is a row of zeros: it is not read. The hits are sorted by the caller,
-// and cut into equal lots wherever rows begin and end, so that a row with all the hits costs no more than any others; a
+// A bag is (n, g): table g's. An index out of range is a row of zeros: it is not read. The caller sorts the hits, which
+// are cut into equal lots wherever rows begin and end, so that a row with all the hits costs no more than any others; a
 // lot adds in order and the lots' sums are added in order: nothing is atomic, and the bits are the same in every run.
 // All is limited by memory: loads of 16 bytes a lane, eight of them under way.
 
@@ -30,10 +30,11 @@ struct Table {
   int64_t table_stride, row_stride, G, M, d;
 };
 
-// ---- reading a table -------------------------------------------------------------------------------------------------
+// ---- reading a table ------------------------------------------------------------------------------------------------
 
 // indices, weights: [bags, k]; y: [bags, d]. `lanes` lanes of a warp read a row, the others further rows, and `share`
 // warps a bag's.
+// audit: sum_rows: allow narrow load: beside 8 bytes of an index a lane has 4 of its weight
 template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(32 * WARPS)
 sum_rows(const Table<T> table, const int64_t* indices, const float* weights, T* y, int64_t bags, int64_t k, int lanes,
@@ -92,6 +93,7 @@ sum_rows(const Table<T> table, const int64_t* indices, const float* weights, T* 
 }
 
 // grad: [bags, d]; indices, grad_weights: [bags, k]
+// audit: dot_rows where ALIGNED=false: allow narrow load: rows begin anywhere
 template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(32 * WARPS)
 dot_rows(const Table<T> table, const T* grad, const int64_t* indices, float* grad_weights, int64_t bags, int64_t k) {
@@ -127,7 +129,7 @@ dot_rows(const Table<T> table, const T* grad, const int64_t* indices, float* gra
   if (j < k) grad_weights[bag * k + j] = dot;
 }
 
-// ---- the table's gradient --------------------------------------------------------------------------------------------
+// ---- the table's gradient -------------------------------------------------------------------------------------------
 
 template <class Int>
 struct Hits {
@@ -139,6 +141,7 @@ struct Hits {
 
 // grad: [bags, d], weights: [bags, k], out: [M, d]. cut: [lots, 2, d], the sums of the row that a lot before began, and
 // of the row that the lot after goes on with.
+// audit: sum_hits where ALIGNED=false: allow narrow load: rows begin anywhere
 template <class T, class Int, bool ALIGNED>
 __global__ void __launch_bounds__(32 * WARPS)
 sum_hits(const Hits<Int> hits, const T* grad, const float* weights, T* out, float* cut) {
@@ -149,15 +152,17 @@ sum_hits(const Hits<Int> hits, const T* grad, const float* weights, T* out, floa
   if (first >= hits.count) return;
   const int count = int(min(hits.count - first, int64_t(LOT)));
   const int64_t i = first + lane;  // the hit that this lane reads for all
-  const int64_t position = i < hits.count ? int64_t(hits.order[i]) : 0, own_row = hits.row(i), next_row = hits.row(i + 1);
+  const int64_t position = i < hits.count ? int64_t(hits.order[i]) : 0;
+  const int64_t own_row = hits.row(i), next_row = hits.row(i + 1);
   const float own_weight = i < hits.count ? weights[position] : 0.f;
   const int64_t own_bag = position / hits.k;
   bool begun = hits.row(first - 1) == __shfl_sync(~0u, own_row, 0);
   float sums[E] = {};
   auto save = [&](int64_t end) {
+    float* to = cut + (lot * 2 + end) * hits.d;
 #pragma unroll
-    for (int e = 0; e < E; ++e)
-      if (column + e < hits.d) cut[(lot * 2 + end) * hits.d + column + e] = sums[e];
+    for (int e = 0; e < E; e += 4)
+      store_part<ALIGNED>(to, column + e, hits.d, {sums[e], sums[e + 1], sums[e + 2], sums[e + 3]});
   };
   for (int start = 0; start < count; start += ROWS) {
     uint4 parts[ROWS];
@@ -185,6 +190,8 @@ sum_hits(const Hits<Int> hits, const T* grad, const float* weights, T* out, floa
 }
 
 // The row that begins in a lot and goes on in those after.
+// audit: join_hits where ALIGNED=false: allow narrow load: rows begin anywhere
+// audit: join_hits where ALIGNED=true Int=int: allow narrow load: one number a step of the search for the last lot
 template <class T, class Int, bool ALIGNED>
 __global__ void __launch_bounds__(32 * WARPS) join_hits(const Hits<Int> hits, const float* cut, T* out) {
   constexpr int E = PART_NUMBERS<T>;
@@ -203,23 +210,23 @@ __global__ void __launch_bounds__(32 * WARPS) join_hits(const Hits<Int> hits, co
   }
   float sums[E] = {};
   for (int64_t start = lot; start <= last; start += ROWS) {
-    float parts[ROWS][E];
+    uint4 parts[ROWS][E / 4];
+#pragma unroll
+    for (int u = 0; u < ROWS; ++u) {
+      const float* from = cut + ((start + u) * 2 + (start + u == lot)) * hits.d;
+#pragma unroll
+      for (int e = 0; e < E; e += 4)
+        parts[u][e / 4] = start + u <= last ? load_part<ALIGNED>(from, column + e, hits.d) : uint4{};
+    }
 #pragma unroll
     for (int u = 0; u < ROWS; ++u)
 #pragma unroll
-      for (int e = 0; e < E; ++e) {
-        const bool there = start + u <= last && column + e < hits.d;
-        parts[u][e] = there ? cut[((start + u) * 2 + (start + u == lot)) * hits.d + column + e] : 0.f;
-      }
-#pragma unroll
-    for (int u = 0; u < ROWS; ++u)
-#pragma unroll
-      for (int e = 0; e < E; ++e) sums[e] += parts[u][e];
+      for (int e = 0; e < E; ++e) sums[e] += std::bit_cast<Numbers<float>>(parts[u][e / 4]).at[e % 4];
   }
   store_part<ALIGNED>(out + row * hits.d, column, hits.d, sums);
 }
 
-// ---- entries ---------------------------------------------------------------------------------------------------------
+// ---- entries --------------------------------------------------------------------------------------------------------
 
 void check_contiguous(const Tensor& t, int64_t rank, ScalarType dtype, const char* name) {
   check_device_tensor(t, rank, dtype, name);
@@ -296,9 +303,9 @@ void gather_dot_rows(Tensor grad, Tensor values, Tensor indices, Tensor grad_wei
   });
 }
 
-// grad: [bags, d], weights: [bags, k]; rows, order: [count], of the hits their rows, ascending (those from M on are left
-// out), and their positions in weights, in int32 or int64 -> the used rows of out: [M, d]. cut: [lots, 2, d], memory to
-// work in.
+// grad: [bags, d], weights: [bags, k]; rows, order: [count], of the hits their rows, ascending (those from M on are
+// left out), and their positions in weights, in int32 or int64 -> the used rows of out: [M, d]. cut: [lots, 2, d],
+// memory to work in.
 void gather_sum_hits(Tensor grad, Tensor weights, Tensor rows, Tensor order, Tensor cut, Tensor out, int64_t stream) {
   check_contiguous(grad, 2, grad.scalar_type(), "grad");
   check_contiguous(weights, 2, ScalarType::Float, "weights");
@@ -322,11 +329,12 @@ void gather_sum_hits(Tensor grad, Tensor weights, Tensor rows, Tensor order, Ten
     const float* w = static_cast<const float*>(weights.data_ptr());
     float* sums = static_cast<float*>(cut.data_ptr());
     T* to = static_cast<T*>(out.data_ptr());
-    const bool aligned = is_aligned<T>(d, {dy, to});
-    const Launch how{.grid = blocks_of(lots * ceil_div(d, 32 * PART_NUMBERS<T>)), .block = 32 * WARPS, .stream = stream};
+    const bool aligned = is_aligned<T>(d, {dy, to, sums});
+    const Launch how{.grid = blocks_of(lots * ceil_div(d, 32 * PART_NUMBERS<T>)), .block = 32 * WARPS,
+                     .stream = stream};
     auto run = [&]<class Int>(Int) {
-      const Hits<Int> hits{static_cast<const Int*>(rows.data_ptr()), static_cast<const Int*>(order.data_ptr()), count, k,
-                           out.size(0), d};
+      const Hits<Int> hits{static_cast<const Int*>(rows.data_ptr()), static_cast<const Int*>(order.data_ptr()), count,
+                           k, out.size(0), d};
       launch(how, aligned ? sum_hits<T, Int, true> : sum_hits<T, Int, false>, hits, dy, w, to, sums);
       if (lots > 1) launch(how, aligned ? join_hits<T, Int, true> : join_hits<T, Int, false>, hits, sums, to);
     };

@@ -316,7 +316,8 @@ struct Wkv4Backward : Wkv4<Storage> {
           Acc* out = incoming_of(segment - 1, b) + c;
           const Vec<Acc> kept = load<Vec<Acc>>(own + KEPT * W), weight = load<Vec<Acc>>(own + WEIGHT * W);
           for (int i : {GA, GB})
-            store_some<Acc>(out + i * C, load<Vec<Acc>>(own + i * W) + weight * load_some<Acc>(in + i * C, count), count);
+            store_some<Acc>(out + i * C, load<Vec<Acc>>(own + i * W) + weight * load_some<Acc>(in + i * C, count),
+                            count);
           const Vec<Acc> through = load_some<Acc>(in + REST * C, count);
           store_some<Acc>(out + REST * C,
                           load<Vec<Acc>>(own + REST * W) + select<Acc>(kept != Acc(0), through, Vec<Acc>{}), count);

@@ -14,11 +14,12 @@
 // joins what the others found on its own: two launches, 5/3 of the traffic.
 //
 // What limits it is memory, with 6 or 7 KiB a warp in flight (12 for wide lanes): three warps on a multiprocessor pass
-// 16 KiB. By instruction counts for sm_90, an H100's bandwidth is reached if all units overlap; if none did, 0.6 of it in
-// fp32 and 0.4 in bf16 would be. Rows come by asynchronous copies of 16 bytes a lane, whatever a lane's share of a row is,
-// into a ring in shared memory: loads into registers one step ahead would leave most cycles waiting. y, gk and gv leave
-// by the same way, over the rows that they were computed from. Exponents are in base 2 (w, u and k times log2 e once);
-// of each pair of exponentials one is 2^0: with a reciprocal three special-function operations a step, four backward.
+// 16 KiB. By instruction counts for sm_90, an H100's bandwidth is reached if all units overlap; if none did, 0.6 of it
+// in fp32 and 0.4 in bf16 would be. Rows come by asynchronous copies of 16 bytes a lane, whatever a lane's share of a
+// row is, into a ring in shared memory: loads into registers one step ahead would leave most cycles waiting. y, gk and
+// gv leave by the same way, over the rows that they were computed from. Exponents are in base 2 (w, u and k times
+// log2 e once); of each pair of exponentials one is 2^0: with a reciprocal three special-function operations a step,
+// four backward.
 #include <optional>
 
 #include "device.h"
@@ -214,6 +215,10 @@ struct Forward {
   int B, T, steps, blocks;
 };
 
+// audit: forward where N=1: dynamic shared 2 * 4096: the ring
+// audit: forward where N=2 N=4: dynamic shared 2 * 8192: the ring
+// audit: forward where FIND=false: allow narrow load: a state is one fp32 number of each a channel, once a segment
+// audit: forward where FIND=true PIECE=2 PIECE=4: allow narrow load: rows begin anywhere
 template <class Storage, int N, int PIECE, bool FIND>
 __global__ void __launch_bounds__(LANES) forward(const Forward<Storage> a) {
   const Place here(0, a.blocks, a.B, a.T, a.steps);
@@ -299,6 +304,8 @@ __device__ inline Mean mean(const State& s, float exponent, float v) {
 // Of every segment but the first: ga, gb, the factor, and 1 where r passes through all steps, else 0; of the last, the
 // r that comes out of it. The steps run forward: with F = Π f over the segment's steps before t, ga = Σ F z and
 // gb = −Σ F z y. F is the product of what the steps rounded, not a power of the whole segment's decay.
+// audit: local: dynamic shared 3 * 4096: the ring
+// audit: local where PIECE=2 PIECE=4: allow narrow load: rows begin anywhere
 template <class Storage, int PIECE>
 __global__ void __launch_bounds__(LANES) local(const Backward<Storage> a) {
   const Place here(1, a.blocks, a.B, a.T, a.steps);
@@ -348,6 +355,8 @@ __global__ void __launch_bounds__(LANES) local(const Backward<Storage> a) {
 // Through 32 steps at a time, last to first: forward again from their saved state, leaving the state before each step
 // in shared memory, then back. As a group of rows is done with, the rows that forward will want first of the 32 steps
 // before take its place: they are on their way while all others are gone through.
+// audit: backward: dynamic shared 32 * 3 * 32 * (size + 4): 32 steps of rows and of states
+// audit: backward: allow narrow load: a state is one fp32 number of each a channel, once in 32 steps
 template <class Storage, int PIECE>
 __global__ void __launch_bounds__(LANES) backward(const Backward<Storage> a) {
   constexpr int GROUPS = SAVED / GROUP;
@@ -467,6 +476,7 @@ __global__ void __launch_bounds__(LANES) backward(const Backward<Storage> a) {
 // sums: [parts, 2, C] -> the totals of LANES channels, always added in the same order.
 constexpr int PARTS = 8;
 
+// audit: total: allow narrow load: a warp reads neighbouring channels, one fp32 number of each a lane, of few sums
 __global__ void __launch_bounds__(LANES * PARTS) total(const float* sums, float* grad_w, float* grad_u, int64_t parts,
                                                        int64_t C) {
   __shared__ float shared[PARTS][2][LANES];

@@ -71,7 +71,9 @@ struct Backward : Arguments<Storage> {
 
   void run() const {
     Buffer<Acc> bonus_sums(CORRECTED ? 0 : B * H * K);
-    run_tasks(B * H, [&](int64_t, int64_t task) { head(task / H, task % H, bonus_sums.get() + (CORRECTED ? 0 : task * K)); });
+    run_tasks(B * H, [&](int64_t, int64_t task) {
+      head(task / H, task % H, bonus_sums.get() + (CORRECTED ? 0 : task * K));
+    });
     if constexpr (!CORRECTED)
       for (int64_t i = 0; i < H * K; ++i) {
         Acc sum = 0;

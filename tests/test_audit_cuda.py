@@ -155,6 +155,16 @@ def test_static_shared_memory_is_without_the_systems(source):
 
 
 @needs_nvcc
+def test_without_any_shared_memory(tmp_path):
+    (tmp_path / "plain.cu").write_text(
+        "namespace { __global__ void __launch_bounds__(64) k(float* y) { y[threadIdx.x] *= 2; } }\n"
+        "void* kernels[] = {(void*)k};\n"
+    )
+    (row,), _ = cuda.inspect_file(tmp_path / "plain.cu", "sm_90")
+    assert (row.shared, row.occupancy, row.failures) == (0, 1, [])
+
+
+@needs_nvcc
 def test_what_nvcc_refuses_is_a_row(tmp_path):
     (tmp_path / "broken.cu").write_text("__global__ void kernel() { nonsense; }\n")
     (row,), used = cuda.inspect_file(tmp_path / "broken.cu", "sm_80")
@@ -198,6 +208,9 @@ def test_reading_the_source():
     bodies = cuda.functions(SOURCE)
     assert cuda.asks_for_tensor_cores(bodies, "product")
     assert not cuda.asks_for_tensor_cores(bodies, "stream")
+    both = "void a() { if constexpr (true) { b(); } }\nvoid c() { if constexpr (true) { asm(\"mma.sync\"); } }"
+    asks = [cuda.asks_for_tensor_cores(cuda.functions(both), name) for name in "ac"]
+    assert asks == [False, True]
     name = "void (anonymous namespace)::k<c10::BFloat16, (bool)1, true, f<1, 2>, -3>(float*)"
     assert cuda._template(name) == ("k", ["BFloat16", 1, True, "f<1, 2>", -3])
 

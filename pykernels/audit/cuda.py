@@ -120,7 +120,7 @@ def functions(text: str) -> dict[str, str]:
     text = re.sub(r"//.*|/\*.*?\*/", "", text)
     found: dict[str, str] = {}
     for match in re.finditer(r"\b(\w+)\s*\((?:[^(){};]|\([^()]*\))*\)\s*(?:const\s*)?\{", text):
-        if match[1] not in ("if", "for", "while", "switch"):
+        if match[1] not in ("if", "constexpr", "for", "while", "switch"):
             end = depth = 0
             for end in range(match.end() - 1, len(text)):
                 depth += {"{": 1, "}": -1}.get(text[end], 0)
@@ -224,7 +224,8 @@ def _rows(cubin: bytes, ptx: str, texts: dict[str, str], file: str, blank: Row) 
             rows.append(row)
             continue
         warps = -(-functools.reduce(lambda a, b: a * int(b or 1), threads.groups(), 1) // 32)
-        shared = needed.shared - (KIB if gpu.shared_unit > gpu.shared and blank.target != "sm_80" else 0)
+        systems = 0 if blank.target == "sm_80" else KIB  # of a kernel that has any
+        shared = max(needed.shared - systems, 0)
         row.shared_known = not any(re.search(rf"\b{symbol}\b", body) for symbol in on_launch)
         for directive in declared:
             if directive.shared and directive.applies(row):
