@@ -74,10 +74,31 @@ __global__ __launch_bounds__(64) void stacked(float* y, int n) {
   y[threadIdx.x] = kept[n % 100];
 }
 
+// Eight steps at once, and a loop over single ones for the rest.
+__global__ __launch_bounds__(32) void grouped(const float4* x, float* y, int n) {
+  float sum = 0;
+  for (int t = 0; t < n; t += 8) {
+    if (n - t >= 8) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float4 v = x[(t + i) * 32 + threadIdx.x];
+        sum = (sum * v.x + v.y) * v.z + v.w;
+      }
+    } else {
+#pragma unroll 1
+      for (int i = t; i < n; ++i) {
+        const float4 v = x[i * 32 + threadIdx.x];
+        sum = (sum * v.x + v.y) * v.z + v.w;
+      }
+    }
+  }
+  y[threadIdx.x] = sum;
+}
+
 }  // namespace
 void* kernels[] = {(void*)stream<float, 1>, (void*)stream<float, 2>, (void*)copy, (void*)tile<float, 8>,
                    (void*)tile<c10::Half, 2048>, (void*)undeclared, (void*)product<c10::Half, true>,
-                   (void*)product<c10::Half, false>, (void*)product<float, false>, (void*)stacked};
+                   (void*)product<c10::Half, false>, (void*)product<float, false>, (void*)stacked, (void*)grouped};
 """
 
 
@@ -101,7 +122,7 @@ def failed(row):
 
 @needs_nvcc
 def test_every_instantiation_is_a_row(rows):
-    assert len(rows) == 10
+    assert len(rows) == 11
     row = rows["stream", "float", "1"]
     assert (row.op, row.dtype, row.settings, row.warps) == ("planted", "float32", {"T": "float", "STEP": 1}, 4)
     assert row.registers > 0
@@ -138,6 +159,12 @@ def test_tensor_cores(rows):
     assert "tensor cores" not in failed(row)
     assert list(row.tensor) == ["HMMA.16816"]
     assert row.slots_per_kflop == pytest.approx(row.slots * 1000 / (2 * 16 * 8 * 16 * sum(row.tensor.values())))
+
+
+@needs_nvcc
+def test_unrolled_loop_around_that_of_its_remainder(rows):
+    row = rows["grouped",]
+    assert (row.memory, row.flops, row.failures) == ({"LDG.128": 8}, 8 * 4 * 32, [])
 
 
 @needs_nvcc

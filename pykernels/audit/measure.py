@@ -174,11 +174,14 @@ def measure(listing: Listing, facts: Facts, gpu: Gpu, intensity: float | None) -
         counts.global_bytes, counts.loaded_bytes = counts.global_bytes + bulk, counts.loaded_bytes + bulk
         return counts
 
-    found = [(places, counts_of(places)) for places in loops(listing)]
+    nests = list(loops(listing))
+    found = [(places, counts_of(places)) for places in nests]
     inner = counts_of(frozenset().union(*(places for places, _ in found)))
     whole = counts_of(range(len(code)))
     by_fma = bool(dots) if tiles is not None else bool(whole.vector_flops)
-    hot, in_loop = _hottest(found, whole, by_fma)
+    # A CUDA kernel's unrolled loop may hold the one of its remainder: there a loop is what is in no loop within it.
+    bodies = found if tiles is not None else [(own, counts_of(own)) for own in (_own(p, nests) for p in nests)]
+    hot, in_loop = _hottest(bodies, whole, by_fma)
     if tiles is None:  # the source does not tell what its work is: what takes longer
         by_fma = hot.vector_flops / (2 * gpu.fma) >= hot.global_bytes / gpu.dram
 
@@ -227,6 +230,11 @@ def measure(listing: Listing, facts: Facts, gpu: Gpu, intensity: float | None) -
             *(_narrow_loads(facts, gpu, inner) if tiles is not None else _narrow_loops(code, found)),
         ],
     )
+
+
+def _own(places: frozenset[int], nests: list[frozenset[int]]) -> frozenset[int]:
+    """A loop without the loops inside it."""
+    return places.difference(*(other for other in nests if other < places))
 
 
 def _hottest(found: list[tuple[frozenset[int], Counts]], whole: Counts, by_fma: bool) -> tuple[Counts, bool]:
@@ -293,7 +301,7 @@ def _narrow_loops(code: list[Instruction], found: list[tuple[frozenset[int], Cou
     wide = {lines[:1] for _, counts in found for size, lines in counts.loads if size >= WIDE}
     narrow: dict[tuple[int, ...], int] = {}
     for places, _ in found:
-        own = places.difference(*(other for other, _ in found if other < places))
+        own = _own(places, [other for other, _ in found])
         loads = count((code[place] for place in sorted(own)), 32).loads
         small = [(size, lines[:1]) for size, lines in loads if size < WIDE]
         if sum(size for size, _ in small) > NARROW * sum(size for size, _ in loads):
