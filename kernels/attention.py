@@ -24,8 +24,8 @@ the hardware has them (sm_90 on): with pointers, the addresses alone cost the ba
 
 Where the special-function unit would limit the forward, some columns' exponentials are a cubic on the FMA units
 (_exp2, BY_FMA): of 66 operations a pass 64 are left to it at D = 64 on sm_90, 61 and 63 at D = 64 and 128 on sm_100.
-By the static audit (bf16, causal; what limits a loop, and the attainable share of the tensor peak if all units overlap /
-if none do; nothing was timed):
+By the static audit (bf16, causal; what limits a loop, and the attainable share of the tensor peak if all units overlap
+/ if none do; nothing was timed):
 
                      sm_80                    sm_90                    sm_100
   _forward D = 64    tensor 1.00/.29          tensor 1.00/.28          MUFU 0.56/.19

@@ -235,7 +235,7 @@ def test_reading_the_source():
     bodies = cuda.functions(SOURCE)
     assert cuda.asks_for_tensor_cores(bodies, "product")
     assert not cuda.asks_for_tensor_cores(bodies, "stream")
-    both = "void a() { if constexpr (true) { b(); } }\nvoid c() { if constexpr (true) { asm(\"mma.sync\"); } }"
+    both = 'void a() { if constexpr (true) { b(); } }\nvoid c() { if constexpr (true) { asm("mma.sync"); } }'
     asks = [cuda.asks_for_tensor_cores(cuda.functions(both), name) for name in "ac"]
     assert asks == [False, True]
     name = "void (anonymous namespace)::k<c10::BFloat16, (bool)1, true, f<1, 2>, -3>(float*)"
