@@ -13,6 +13,7 @@ import pykernels as pk
 from pykernels.bench.measure import peak_memory
 from pykernels.check import differentiate, float_leaves
 from pykernels.ops.topk import grid
+from pykernels.ops.weighted_gather import gather_backward_op, gather_op
 from pykernels.registry import CPU, CUDA, unavailable
 
 needs_kernels = pytest.mark.skipif(unavailable(CPU, "cpu") is not None, reason=f"cpu: {unavailable(CPU, 'cpu')}")
@@ -109,6 +110,22 @@ def test_cuda_search_is_a_stable_sort_of_exact_scores(data):
 
 
 @needs_kernels
+@pytest.mark.cuda_host
+@needs_cuda
+@pytest.mark.parametrize("dv", [7, 8])
+def test_cuda_takes_an_index_out_of_range_for_a_row_of_zeros(dv):
+    table = torch.full((11, dv + 1), NAN)  # what is beside the values must not be read; not all rows are aligned
+    values, indices = table[1:10, :dv].normal_()[None], torch.tensor([[[0, 9, -1, 8]], [[9, 9, -1, 3]]])
+    weights, grad = torch.randn(2, 1, 4), torch.randn(2, 1, dv)
+    inside = (indices >= 0) & (indices < 9)
+    rows = torch.where(inside[..., None], values[0][indices.clamp(0, 8)], 0)  # [2, 1, 4, dv]
+    torch.testing.assert_close(gather_op(values, indices, weights, CUDA), (weights[..., None] * rows).sum(2))
+    grad_values, grad_weights = gather_backward_op(grad, values, indices, weights, True, True, CUDA)
+    torch.testing.assert_close(grad_weights, (rows * grad[:, :, None]).sum(3))
+    each = (weights[..., None] * grad[:, :, None])[inside]
+    torch.testing.assert_close(grad_values[0], torch.zeros(9, dv).index_add_(0, indices[inside], each))
+
+
 @pytest.mark.parametrize("n", [1, 5, 40, 300])
 @pytest.mark.parametrize("order", ["rising", "falling", "equal", "saw"])
 def test_any_order_of_the_scores(n, order):
