@@ -29,6 +29,7 @@
 
 #include "mma.h"
 #include "rnn_cells.h"
+#include "rows.h"
 
 namespace {
 
@@ -600,172 +601,117 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
 
 // ---- launches --------------------------------------------------------------------------------------------------------
 
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // Lays out and, unless count is 0, launches the steps; false if the weights do not fit on the device's chip.
 // largest_cluster: 0 keeps to the exchange in global memory.
 template <class L, class Body>
 bool launch_steps(Plan<typename L::S> plan, const Body& body, int count, int warps, int64_t largest_cluster,
                   int64_t stream) {
-  using S = typename L::S;
   const auto kernel = sequence_kernel<L, Body>;
-  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const size_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(limit)), "cudaFuncSetAttribute");
   plan.K = int64_t(warps) * L::KB * BLOCK_K;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "cudaFuncSetAttribute");
-  auto shared = [&](bool cluster) {
-    const size_t exchange = cluster     ? 2 * plan.tiles * 8 * (plan.K + L::PAD) * sizeof(S)
-                            : L::HALF ? 0
-                                      : 8 * plan.K * sizeof(S);
+  auto shared = [&] {
+    const size_t columns = plan.cluster ? 2 * plan.tiles * 8 * (plan.K + L::PAD) : L::HALF ? 0 : 8 * plan.K;
     return std::max(0, plan.groups - L::IN_REGISTERS) * L::group_bytes(warps) +
-           plan.pass * plan.groups * L::sums_bytes(warps) + exchange;
+           plan.pass * plan.groups * L::sums_bytes(warps) + columns * sizeof(typename L::S);
   };
   Launch how{.block = dim3(32 * warps), .stream = stream};
-  auto start = [&](unsigned slices, bool cluster) {
-    const unsigned teams = (plan.all_tiles + plan.tiles - 1) / plan.tiles;
-    how.grid = dim3(slices, teams);
-    how.shared = shared(cluster);
-    how.cooperative = !cluster;
-    how.cluster = cluster ? slices : 1;
-    plan.cluster = cluster;
+  auto start = [&](int slices, int teams, size_t room) {  // teams: at a time; room: for a block
+    plan.tiles = int(ceil_div(plan.all_tiles, teams));
+    while (plan.cluster && plan.tiles > 1 && shared() > room) --plan.tiles;
+    plan.pass = std::min(plan.tiles, 4);
+    while (plan.pass > 1 && shared() > room) --plan.pass;
+    how.grid = dim3(slices, unsigned(ceil_div(plan.all_tiles, plan.tiles)));
+    how.shared = shared();
     if (count > 0) launch(how, kernel, plan, body, count);
     return true;
-  };
-  auto widen_pass = [&](bool cluster, size_t bytes) {
-    for (plan.pass = std::min(plan.tiles, 4); plan.pass > 1 && shared(cluster) > bytes; --plan.pass) {
-    }
   };
 
   // A team in one cluster: a power of two of blocks, each of as few groups as that leaves. Clusters need not be resident
   // together: they take turns.
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
-    for (int slices = 1; slices <= std::min<int64_t>(largest_cluster, 16); slices *= 2) {
-      plan.groups = (plan.all_groups + slices - 1) / slices;
-      if (plan.groups > L::IN_REGISTERS && slices < 8) continue;
-      plan.tiles = plan.pass = 1;
-      if (shared(true) > size_t(limit)) continue;
-      int clusters = multiprocessors;
-      if (slices > 1) {
-        if (slices > 8)
-          check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-                     "cudaFuncSetAttribute");
-        cudaLaunchAttribute attribute;
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim.x = slices;
-        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-        cudaLaunchConfig_t config{};
-        config.gridDim = dim3(slices);
-        config.blockDim = how.block;
-        config.dynamicSmemBytes = shared(true);
-        config.attrs = &attribute;
-        config.numAttrs = 1;
-        if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
-          cudaGetLastError();
-          clusters = 0;
-        }
-      }
-      if (clusters == 0) continue;
-      plan.tiles = (plan.all_tiles + clusters - 1) / clusters;
-      while (plan.tiles > 1 && shared(true) > size_t(limit)) --plan.tiles;
-      widen_pass(true, limit);
-      return start(slices, true);
-    }
+  plan.cluster = true;
+  const int64_t most = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? std::min<int64_t>(largest_cluster, 16) : 0;
+  for (int slices = 1; slices <= most; slices *= 2) {
+    plan.groups = int(ceil_div(plan.all_groups, slices)), plan.tiles = plan.pass = 1;
+    if (shared() > limit || (plan.groups > L::IN_REGISTERS && slices < 8)) continue;
+    how.grid = how.cluster = slices, how.shared = shared();
+    const int teams = slices == 1 ? multiprocessors : resident_clusters(how, kernel);
+    if (teams > 0) return start(slices, teams, limit);
   }
 
+  plan.cluster = false, how.cluster = 1, how.cooperative = true;
   for (plan.groups = std::min(plan.all_groups, L::IN_REGISTERS);; ++plan.groups) {
     plan.tiles = plan.pass = 1;
-    int blocks = 0;
-    if (shared(false) <= size_t(limit))
-      check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * warps, shared(false)),
-                 "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    const int slices = (plan.all_groups + plan.groups - 1) / plan.groups, teams = blocks * multiprocessors / slices;
-    if (blocks == 0) return false;
-    if (teams == 0) continue;
-    plan.tiles = (plan.all_tiles + teams - 1) / teams;
-    widen_pass(false, (limit - 1024) / blocks);
-    return start(slices, false);
+    if (shared() > limit) return false;
+    int blocks;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * warps, shared()),
+               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    const int slices = int(ceil_div(plan.all_groups, plan.groups)), teams = blocks * multiprocessors / slices;
+    if (teams > 0) return start(slices, teams, (limit + 1024) / blocks - 1024);  // 1 KiB a block is the system's
   }
 }
 
-// fill<L>(body, warps) with as few k-blocks a warp as K allows; false if it has too many.
-template <int LEAST, class S, int ROWS, template <class, Cell> class Body, class Fill>
-bool choose_depth(int64_t K, int64_t cell, const Fill& fill) {
-  const int64_t blocks = (K + BLOCK_K - 1) / BLOCK_K;
-  auto with = [&]<int KB>(std::integral_constant<int, KB>) {
-    using L = Layout<S, ROWS, KB>;
-    const int warps = int((blocks + KB - 1) / KB);
-    if (cell == LSTM) return fill.template operator()<L>(Body<L, LSTM>{}, warps);
-    return fill.template operator()<L>(Body<L, GRU>{}, warps);
-  };
-  if (blocks <= MAX_WARPS * LEAST) return with(std::integral_constant<int, LEAST>{});
-  if (blocks <= MAX_WARPS * 2 * LEAST) return with(std::integral_constant<int, 2 * LEAST>{});
-  if (blocks <= MAX_WARPS * 4 * LEAST) return with(std::integral_constant<int, 4 * LEAST>{});
-  if constexpr (sizeof(S) == 2)
-    if (blocks <= MAX_WARPS * 8 * LEAST) return with(std::integral_constant<int, 8 * LEAST>{});
-  return false;
+template <bool BACKWARD, class L, Cell CELL>
+using Pass = std::conditional_t<BACKWARD, Backward<L, CELL>, Forward<L, CELL>>;
+
+// Of a group of weights: its rows, and the hidden units that they are of.
+template <class S, bool BACKWARD>
+constexpr int ROWS = !BACKWARD ? 32 : sizeof(S) == 2 ? 16 : 8;
+template <class S, bool BACKWARD>
+constexpr int UNITS = BACKWARD ? ROWS<S, true> : 8;
+
+// fill<L>(pass, warps) with as few k-blocks a warp as H allows; false if it has too many.
+template <class S, bool BACKWARD, int KB = !BACKWARD ? 1 : sizeof(S) == 2 ? 2 : 4, class Fill>
+bool choose_depth(int64_t H, int64_t cell, const Fill& fill) {
+  if constexpr (KB > (BACKWARD ? 16 : sizeof(S) == 2 ? 8 : 4)) {
+    return false;
+  } else {
+    const int64_t blocks = ceil_div(BACKWARD ? 4 * H : H, BLOCK_K);
+    if (blocks > MAX_WARPS * KB) return choose_depth<S, BACKWARD, 2 * KB>(H, cell, fill);
+    using L = Layout<S, ROWS<S, BACKWARD>, KB>;
+    const int warps = int(ceil_div(blocks, KB));
+    if (cell == LSTM) return fill.template operator()<L>(Pass<BACKWARD, L, LSTM>{}, warps);
+    return fill.template operator()<L>(Pass<BACKWARD, L, GRU>{}, warps);
+  }
 }
 
 // ---- arguments -------------------------------------------------------------------------------------------------------
 
 template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-template <class T>
 T* data(const std::optional<Tensor>& t) {
   return t ? static_cast<T*>(t->data_ptr()) : nullptr;
 }
 
-void check_contiguous(const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns, const char* name) {
-  check_device_tensor(t, 2, dtype, name);
-  check_size(t, 0, rows, name), check_size(t, 1, columns, name);
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-}
-void check_contiguous(const std::optional<Tensor>& t, ScalarType dtype, int64_t rows, int64_t columns, const char* name) {
-  if (t) check_contiguous(*t, dtype, rows, columns, name);
+void check(const std::optional<Tensor>& t, ScalarType dtype, std::initializer_list<int64_t> sizes, const char* name) {
+  if (!t) return;
+  check_device_tensor(*t, sizes.size(), dtype, name);
+  int64_t dim = 0;
+  for (const int64_t size : sizes) check_size(*t, dim++, size, name);
+  STD_TORCH_CHECK(t->is_contiguous(), name, ": expected a contiguous tensor");
 }
 
 Steps steps_of(const std::optional<Tensor>& lengths, const std::optional<Tensor>& resets,
                const std::optional<Tensor>& offsets, int64_t T, int64_t B, int64_t rows, bool reverse) {
-  auto check = [](const Tensor& t, int64_t size, const char* name) {
-    check_device_tensor(t, 1, ScalarType::Long, name);
-    check_size(t, 0, size, name);
-    STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-  };
-  if (lengths) check(*lengths, B, "lengths");
-  if (offsets) check(*offsets, T + 1, "offsets");
-  check_contiguous(resets, ScalarType::Bool, T, B, "resets");
+  STD_TORCH_CHECK(T < 1 << 24 && B < 1 << 30, "input: expected fewer steps and sequences");
+  check(lengths, ScalarType::Long, {B}, "lengths"), check(offsets, ScalarType::Long, {T + 1}, "offsets");
+  check(resets, ScalarType::Bool, {T, B}, "resets");
   STD_TORCH_CHECK(offsets || rows == T * B, "output: expected ", T * B, " rows, got ", rows);
   return {data<const int64_t>(lengths), data<const int64_t>(offsets), data<const bool>(resets), T, B, reverse};
 }
 
-// What both passes share. rows: of a group in `weights`: [groups][rows][stride].
-template <class S>
-Plan<S> plan_of(const Tensor& weights, const Tensor& exchange, const Tensor& counters, int64_t B, int64_t K) {
+template <class S, bool BACKWARD>
+Plan<S> plan_of(const Tensor& weights, const Tensor& exchange, const Tensor& counters, int64_t B, int64_t H) {
   Plan<S> plan{};
+  plan.columns = int(BACKWARD ? 4 * H : H), plan.stride = ceil_div(plan.columns, 512) * 512;
+  plan.all_groups = int(ceil_div(H, UNITS<S, BACKWARD>)), plan.all_tiles = int(ceil_div(B, 8));
   const ScalarType dtype = weights.scalar_type();
-  check_device_tensor(weights, 3, dtype, "weights");
-  check_device_tensor(exchange, 3, dtype, "exchange");
-  plan.stride = weights.size(2), plan.columns = int(K);
-  STD_TORCH_CHECK(B < 1 << 30, "h0: expected fewer sequences");
-  plan.all_groups = int(weights.size(0)), plan.all_tiles = int((B + 7) / 8);
-  STD_TORCH_CHECK(plan.stride >= round_up(K, 512), "weights: expected padding to ", round_up(K, 512), " columns");
-  check_size(exchange, 0, 2, "exchange"), check_size(exchange, 1, plan.all_tiles * 8, "exchange");
-  check_size(exchange, 2, plan.stride, "exchange");
-  check_contiguous(counters, ScalarType::Int, plan.all_tiles, 32, "counters");
-  STD_TORCH_CHECK(weights.is_contiguous() && exchange.is_contiguous(), "weights: expected contiguous tensors");
+  check(weights, dtype, {plan.all_groups, ROWS<S, BACKWARD>, plan.stride}, "weights");
+  check(exchange, dtype, {2, plan.all_tiles * 8, plan.stride}, "exchange");
+  check(counters, ScalarType::Int, {plan.all_tiles, 32}, "counters");
   plan.weights = data<const S>(weights), plan.exchange = data<S>(exchange), plan.counters = data<unsigned>(counters);
   return plan;
 }
-
-void check_groups(const Tensor& weights, int64_t H, int64_t units, int64_t rows) {
-  check_size(weights, 0, (H + units - 1) / units, "weights"), check_size(weights, 1, rows, "weights");
-}
-
-template <class S>
-constexpr int BACKWARD_ROWS = sizeof(S) == 2 ? 16 : 8;
-template <class S>
-constexpr int LEAST = sizeof(S) == 2 ? 2 : 4;  // k-blocks of a warp, backward
 
 // ---- entries ---------------------------------------------------------------------------------------------------------
 
@@ -774,14 +720,14 @@ bool rnn_fits(Tensor like, int64_t H, int64_t cell, bool backward) {
   const DeviceGuard guard(like);
   bool fits = false;
   for_device_dtype(like.scalar_type(), [&]<class S>(S) {
-    Plan<S> plan{};
-    plan.all_tiles = 1;
-    auto fit = [&]<class L, class Body>(Body body, int warps) {
-      plan.all_groups = int((H + (backward ? L::ROWS : 8) - 1) / (backward ? L::ROWS : 8));
-      return launch_steps<L>(plan, body, 0, warps, 0, 0);
+    auto of = [&]<bool BACKWARD>(std::bool_constant<BACKWARD>) {
+      Plan<S> plan{};
+      plan.all_groups = int(ceil_div(H, UNITS<S, BACKWARD>)), plan.all_tiles = 1;
+      return choose_depth<S, BACKWARD>(H, cell, [&]<class L, class Body>(Body body, int warps) {
+        return launch_steps<L>(plan, body, 0, warps, 0, 0);
+      });
     };
-    fits = backward ? choose_depth<LEAST<S>, S, BACKWARD_ROWS<S>, Backward>(4 * H, cell, fit)
-                    : choose_depth<1, S, 32, Forward>(H, cell, fit);
+    fits = backward ? of(std::true_type{}) : of(std::false_type{});
   });
   return fits;
 }
@@ -796,28 +742,22 @@ void rnn_forward(Tensor pre, Tensor weights, std::optional<Tensor> bias_ih, std:
   check_device_tensor(h0, 2, dtype, "h0");
   check_device_tensor(pre, 2, ScalarType::Float, "pre");
   const int64_t B = h0.size(0), H = h0.size(1), rows = pre.size(0), G = cell == LSTM ? 4 : 3;
-  check_contiguous(h0, dtype, B, H, "h0"), check_contiguous(pre, ScalarType::Float, rows, G * H, "pre");
-  check_contiguous(output, dtype, rows, H, "output"), check_contiguous(h_n, dtype, B, H, "h_n");
-  check_contiguous(state, ScalarType::Float, B, H, "state");
-  check_contiguous(gates, ScalarType::Float, rows, 4 * H, "gates");
-  check_contiguous(cells, ScalarType::Float, rows, H, "cells");
+  check(h0, dtype, {B, H}, "h0"), check(pre, ScalarType::Float, {rows, G * H}, "pre");
+  check(output, dtype, {rows, H}, "output"), check(h_n, dtype, {B, H}, "h_n");
+  check(state, ScalarType::Float, {B, H}, "state"), check(gates, ScalarType::Float, {rows, 4 * H}, "gates");
+  check(cells, ScalarType::Float, {rows, H}, "cells");
   STD_TORCH_CHECK(bias_ih.has_value() == bias_hh.has_value(), "bias_hh: expected together with bias_ih");
-  for (const auto& bias : {bias_ih, bias_hh})
-    if (bias) {
-      check_device_tensor(*bias, 1, dtype, "bias"), check_size(*bias, 0, G * H, "bias");
-      STD_TORCH_CHECK(bias->is_contiguous(), "bias: expected a contiguous tensor");
-    }
-  check_groups(weights, H, 8, 32);
+  check(bias_ih, dtype, {G * H}, "bias_ih"), check(bias_hh, dtype, {G * H}, "bias_hh");
   const DeviceGuard guard(pre);
   const Steps places = steps_of(lengths, resets, offsets, steps, B, rows, reverse);
   for_device_dtype(dtype, [&]<class S>(S) {
-    const Plan<S> plan = plan_of<S>(weights, exchange, counters, B, H);
-    const bool fits = choose_depth<1, S, 32, Forward>(H, cell, [&]<class L, class Body>(Body body, int warps) {
+    const Plan<S> plan = plan_of<S, false>(weights, exchange, counters, B, H);
+    const bool fits = choose_depth<S, false>(H, cell, [&]<class L, class Body>(Body body, int warps) {
       body.steps = places, body.H = H, body.pre = data<const float>(pre), body.h0 = data<const S>(h0);
       body.b_ih = data<const S>(bias_ih), body.b_hh = data<const S>(bias_hh);
       body.output = data<S>(output), body.h_n = data<S>(h_n), body.state = data<float>(state);
       body.gates = data<float>(gates), body.cells = data<float>(cells);
-      return launch_steps<L>(plan, body, steps, warps, largest_cluster, stream);
+      return launch_steps<L>(plan, body, int(steps), warps, largest_cluster, stream);
     });
     STD_TORCH_CHECK(fits, "weights: a hidden size of ", H, " does not fit on the device's chip");
   });
@@ -836,26 +776,22 @@ void rnn_backward(std::optional<Tensor> grad_output, Tensor weights, Tensor h0, 
   check_device_tensor(h0, 2, dtype, "h0");
   check_device_tensor(output, 2, dtype, "output");
   const int64_t B = h0.size(0), H = h0.size(1), rows = output.size(0);
-  check_contiguous(h0, dtype, B, H, "h0"), check_contiguous(c0, dtype, B, H, "c0");
-  check_contiguous(output, dtype, rows, H, "output"), check_contiguous(grad_output, dtype, rows, H, "grad_output");
-  check_contiguous(gates, ScalarType::Float, rows, 4 * H, "gates");
-  check_contiguous(cells, ScalarType::Float, rows, H, "cells");
-  check_contiguous(grad_h, ScalarType::Float, B, H, "grad_h"), check_contiguous(grad_c, ScalarType::Float, B, H, "grad_c");
-  check_contiguous(grad_gates, dtype, rows, 4 * H, "grad_gates");
-  check_contiguous(previous, dtype, rows, H, "previous");
+  check(h0, dtype, {B, H}, "h0"), check(c0, dtype, {B, H}, "c0");
+  check(output, dtype, {rows, H}, "output"), check(grad_output, dtype, {rows, H}, "grad_output");
+  check(gates, ScalarType::Float, {rows, 4 * H}, "gates"), check(cells, ScalarType::Float, {rows, H}, "cells");
+  check(grad_h, ScalarType::Float, {B, H}, "grad_h"), check(grad_c, ScalarType::Float, {B, H}, "grad_c");
+  check(grad_gates, dtype, {rows, 4 * H}, "grad_gates"), check(previous, dtype, {rows, H}, "previous");
   const DeviceGuard guard(output);
   const Steps places = steps_of(lengths, resets, offsets, steps, B, rows, reverse);
   for_device_dtype(dtype, [&]<class S>(S) {
-    constexpr int ROWS = BACKWARD_ROWS<S>;
-    check_groups(weights, H, ROWS, ROWS);
-    const Plan<S> plan = plan_of<S>(weights, exchange, counters, B, 4 * H);
-    const bool fits = choose_depth<LEAST<S>, S, ROWS, Backward>(4 * H, cell, [&]<class L, class Body>(Body body, int warps) {
+    const Plan<S> plan = plan_of<S, true>(weights, exchange, counters, B, H);
+    const bool fits = choose_depth<S, true>(H, cell, [&]<class L, class Body>(Body body, int warps) {
       body.steps = places, body.H = H, body.grad_output = data<const S>(grad_output);
       body.h0 = data<const S>(h0), body.c0 = data<const S>(c0), body.output = data<const S>(output);
       body.gates = data<const float>(gates), body.cells = data<const float>(cells);
       body.grad_h = data<float>(grad_h), body.grad_c = data<float>(grad_c);
       body.grad_gates = data<S>(grad_gates), body.previous = data<S>(previous);
-      return launch_steps<L>(plan, body, steps + 1, warps, largest_cluster, stream);
+      return launch_steps<L>(plan, body, int(steps) + 1, warps, largest_cluster, stream);
     });
     STD_TORCH_CHECK(fits, "weights: a hidden size of ", H, " does not fit on the device's chip");
   });

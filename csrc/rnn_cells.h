@@ -7,54 +7,51 @@ namespace {
 
 enum Cell { LSTM, GRU };
 
-constexpr float LOG2E = 1.4426950408889634f;
-
-// Quotients whose denominators lie in (0, 2], so that several share one reciprocal: an LSTM's cell takes three exp2 and
-// two reciprocals. What shares one shares its NaN: only gates that meet in the same result do.
-
-struct Quotient {
+// How far σ|x| is from 1, as a quotient: its denominator lies in (1, 2], so that several share one reciprocal: an LSTM's
+// cell takes five exp2 and two reciprocals. What shares one shares its NaN: only gates that meet in one result do.
+struct Distance {
   float numerator, denominator;
 };
-
-__device__ inline Quotient sigmoid(float x) {
-  const float e = exp2_fast(fabsf(x) * -LOG2E);
-  return {x < 0 ? e : 1.0f, 1.0f + e};
+__device__ inline Distance distance(float x) {
+  const float e = exp2_fast(fabsf(x) * -1.4426950408889634f);
+  return {e, 1 + e};
 }
 
-// Eigen's minimax quotient (ptanh_float): 3 ulp, from 0 to infinity.
-__device__ inline Quotient tanh_quotient(float x) {
-  x = x > 7.905311f ? 7.905311f : x < -7.905311f ? -7.905311f : x;
+// From that quotient; 1 exactly where nothing is left of it, since derivatives hang on 1 − σ and 1 − tanh².
+__device__ inline float sigmoid_of(float x, float quotient) { return x < 0 ? quotient : 1 - quotient; }
+
+// From the quotient of 2x, but for a small x: there, a minimax polynomial of (tanh x / x − 1) / x². To 2 ulp.
+__device__ inline float tanh_of(float x, float quotient) {
   const float z = x * x;
-  float p = fmaf(-2.76076847742355e-16f, z, 2.00018790482477e-13f);
-  p = fmaf(fmaf(p, z, -8.60467152213735e-11f), z, 5.12229709037114e-08f);
-  p = fmaf(fmaf(p, z, 1.48572235717979e-05f), z, 6.37261928875436e-04f);
-  const float q = fmaf(fmaf(1.19825839466702e-06f, z, 1.18534705686654e-04f), z, 2.26843463243900e-03f);
-  return {fmaf(p, z, 4.89352455891786e-03f) * x, fmaf(q, z, 4.89352518554385e-03f)};
+  float p = fmaf(-5.89515036e-3f, z, 2.07959656e-2f);
+  p = fmaf(fmaf(fmaf(p, z, -5.37838265e-2f), z, 1.33319244e-1f), z, -3.33332986e-1f);
+  return fabsf(x) < 0.6f ? fmaf(p * z, x, x) : copysignf(fmaf(-2.0f, quotient, 1.0f), x);
 }
 
 // Pre-activations s (GRU: of r, z and the two halves of n), state c or h → h'; the new state; what backward reads.
 template <Cell CELL>
 __device__ inline float advance(const float (&s)[4], float& state, float (&saved)[4]) {
-  const Quotient a = sigmoid(s[0]), b = sigmoid(s[1]);
+  const Distance a = distance(s[0]), b = distance(s[1]);
   const float both = a.denominator * b.denominator;
   if constexpr (CELL == LSTM) {
-    const Quotient g = tanh_quotient(s[2]);
+    const Distance g = distance(2 * s[2]);
     float inverse = reciprocal_fast(both * g.denominator);
-    saved[2] = g.numerator * (both * inverse);
+    saved[2] = tanh_of(s[2], g.numerator * (both * inverse));
     inverse *= g.denominator;
-    saved[0] = a.numerator * (b.denominator * inverse);
-    saved[1] = b.numerator * (a.denominator * inverse);
+    saved[0] = sigmoid_of(s[0], a.numerator * (b.denominator * inverse));
+    saved[1] = sigmoid_of(s[1], b.numerator * (a.denominator * inverse));
     state = fmaf(saved[1], state, saved[0] * saved[2]);
-    const Quotient o = sigmoid(s[3]), u = tanh_quotient(state);
-    const float o_numerator = o.numerator * reciprocal_fast(o.denominator * u.denominator);
-    saved[3] = o_numerator * u.denominator;
-    return o_numerator * u.numerator;
+    const Distance o = distance(s[3]), u = distance(2 * state);
+    inverse = reciprocal_fast(o.denominator * u.denominator);
+    saved[3] = sigmoid_of(s[3], o.numerator * (u.denominator * inverse));
+    return saved[3] * tanh_of(state, u.numerator * (o.denominator * inverse));
   } else {
     const float inverse = reciprocal_fast(both);
-    saved[0] = a.numerator * (b.denominator * inverse);
-    saved[1] = b.numerator * (a.denominator * inverse);
-    const Quotient n = tanh_quotient(fmaf(saved[0], s[3], s[2]));
-    saved[2] = n.numerator * reciprocal_fast(n.denominator);
+    saved[0] = sigmoid_of(s[0], a.numerator * (b.denominator * inverse));
+    saved[1] = sigmoid_of(s[1], b.numerator * (a.denominator * inverse));
+    const float x = fmaf(saved[0], s[3], s[2]);
+    const Distance n = distance(2 * x);
+    saved[2] = tanh_of(x, n.numerator * reciprocal_fast(n.denominator));
     saved[3] = s[3];
     return state = fmaf(saved[1], state - saved[2], saved[2]);
   }
@@ -65,8 +62,8 @@ __device__ inline float advance(const float (&s)[4], float& state, float (&saved
 template <Cell CELL>
 __device__ inline float retreat(float dh, float dc, const float (&g)[4], float c, float before, float (&d)[4]) {
   if constexpr (CELL == LSTM) {
-    const Quotient t = tanh_quotient(c);
-    const float u = t.numerator * reciprocal_fast(t.denominator);
+    const Distance t = distance(2 * c);
+    const float u = tanh_of(c, t.numerator * reciprocal_fast(t.denominator));
     dc = fmaf(dh * g[3], 1 - u * u, dc);
     d[0] = dc * g[2] * (g[0] * (1 - g[0]));
     d[1] = dc * before * (g[1] * (1 - g[1]));
