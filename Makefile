@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: bench test audit check lint format clean
+.PHONY: bench test audit check gpu lint format clean
 
 bench: $(INSTALLED)  ## our ops against their peers on this machine: tables, JSON and plots in bench-results/
 	$(BIN)/python -m pykernels bench $(if $(FULL),,--quick) --json bench-results/bench.json --plot bench-results
@@ -19,6 +19,9 @@ audit: $(INSTALLED)  ## compile every GPU kernel for every target and judge the 
 
 check: $(INSTALLED)  ## every op on every backend against its fp64 reference
 	$(BIN)/python -m pykernels check
+
+gpu: $(INSTALLED)  ## for whoever has one: self-test, check, bench and the audit's predictions, into one file
+	$(BIN)/python -m pykernels gpu $(if $(FULL),--full) --json bench-results/gpu.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

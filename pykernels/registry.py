@@ -153,6 +153,7 @@ def _may_need_gradient(arguments: tuple) -> bool:
 # ------------------------------------------------------------------------------------------------ backends
 
 _override = AUTO
+verify: Callable[[str, int, tuple], str | None] | None = None  # first_use.py's, where the user asked for it
 
 
 class use_backend:
@@ -211,7 +212,8 @@ def decline(name: str, backend: int, device_type: str, arguments: tuple) -> str 
     supports = OPS[name].supports.get(BACKENDS[backend])
     if supports is None:
         return f"{name} has no {BACKENDS[backend]} kernel"
-    return unavailable(backend, device_type) or supports(*arguments)
+    reason = unavailable(backend, device_type) or supports(*arguments)
+    return verify(name, backend, arguments) if reason is None and verify else reason
 
 
 def choose(name: str, device: torch.device, arguments: tuple) -> int:
