@@ -12,7 +12,7 @@ bench: $(INSTALLED)  ## our ops against their peers on this machine: tables, JSO
 test: $(INSTALLED)  ## everything; Triton's interpreter and CUDA kernels on the CPU in processes of their own
 	$(BIN)/python -m pytest tests -n 2
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_attention.py -n 2
-	$(BIN)/python tests/cuda_host/run.py tests/test_ops.py -n 2
+	$(BIN)/python tests/cuda_host/run.py tests -n 2
 
 audit: $(INSTALLED)  ## compile every GPU kernel for every target and judge the result; needs no GPU
 	$(BIN)/python -m pykernels audit --baseline tests/audit_baseline.tsv --json bench-results/audit.json

@@ -1,4 +1,4 @@
-"""Stands in for a step of `python -m pykernels gpu`: does what its first argument says, writes what FAKE_RESULTS has."""
+"""Stands in for a step of `python -m pykernels gpu`: its first argument says how it ends, FAKE_RESULTS what it writes."""
 
 import json
 import os
