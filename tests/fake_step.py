@@ -1,4 +1,4 @@
-"""Stands in for a step of `python -m pykernels gpu`: its first argument says how it ends, FAKE_RESULTS what it writes."""
+"""A step of `python -m pykernels gpu` for tests: its first argument says how it ends, FAKE_RESULTS what it writes."""
 
 import json
 import os
