@@ -1,5 +1,6 @@
 """The first-use self-test, and `python -m pykernels gpu` as far as it goes without one."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -8,6 +9,7 @@ import warnings
 import pytest
 import torch
 from cuda_host import build, host
+from torch._subclasses.fake_tensor import FakeTensorMode
 from toy import declared, make, softmax_scale
 
 import pykernels as pk
@@ -134,6 +136,25 @@ def test_a_folder_that_cannot_be_written_is_no_failure(verifying, toy, monkeypat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert choose("toy", GPU, toy(Counted())) == TRITON
+
+
+def test_kernels_run_on_their_tensors_gpu(monkeypatch):
+    """Triton launches on the current one."""
+    current, seen = [0], []
+
+    @contextlib.contextmanager
+    def device(of):
+        before, current[0] = current[0], of.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with FakeTensorMode():
+        for name in ("cuda:0", "cuda:1", "cpu"):
+            registry.on_own_device(lambda *_: seen.append(current[0]), (None, torch.empty(2, device=name)))
+    assert seen == [0, 1, 0]
+    assert current == [0]
 
 
 @pytest.mark.cuda_host
