@@ -593,10 +593,27 @@ struct Backward {
   }
 };
 
-template <class L, class Body>
+// ---- kernels ---------------------------------------------------------------------------------------------------------
+
+// Of a group of weights: its rows, and the hidden units that they are of.
+template <class S, bool BACKWARD>
+constexpr int ROWS = !BACKWARD ? 32 : sizeof(S) == 2 ? 16 : 8;
+template <class S, bool BACKWARD>
+constexpr int UNITS = BACKWARD ? ROWS<S, true> : 8;
+
+template <class S, bool BACKWARD, int KB>
+using LayoutOf = Layout<S, ROWS<S, BACKWARD>, KB>;
+template <class S, bool BACKWARD, int KB, int CELL>
+using Body = std::conditional_t<BACKWARD, Backward<LayoutOf<S, BACKWARD, KB>, Cell(CELL)>,
+                                Forward<LayoutOf<S, BACKWARD, KB>, Cell(CELL)>>;
+
+// audit: sequence_kernel where target=sm_80: dynamic shared 163 * 1024: at most: launch_steps looks for what fits
+// audit: sequence_kernel where target=sm_90 target=sm_100: dynamic shared 227 * 1024: at most: launch_steps looks for
+//     what fits
+template <class S, bool BACKWARD, int KB, int CELL>
 __global__ void __launch_bounds__(MAX_THREADS, 1)
-    sequence_kernel(const Plan<typename L::S> plan, const Body body, const int count) {
-  run_steps<L>(plan, body, count);
+    sequence_kernel(const Plan<S> plan, const Body<S, BACKWARD, KB, CELL> body, const int count) {
+  run_steps<LayoutOf<S, BACKWARD, KB>>(plan, body, count);
 }
 
 // ---- launches --------------------------------------------------------------------------------------------------------
@@ -604,9 +621,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
 // Lays out and, unless count is 0, launches the steps; false if the weights do not fit on the device's chip.
 // largest_cluster: 0 keeps to the exchange in global memory.
 template <class L, class Body>
-bool launch_steps(Plan<typename L::S> plan, const Body& body, int count, int warps, int64_t largest_cluster,
-                  int64_t stream) {
-  const auto kernel = sequence_kernel<L, Body>;
+bool launch_steps(void (*kernel)(Plan<typename L::S>, Body, int), Plan<typename L::S> plan, const Body& body, int count,
+                  int warps, int64_t largest_cluster, int64_t stream) {
   const size_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(limit)), "cudaFuncSetAttribute");
@@ -652,16 +668,7 @@ bool launch_steps(Plan<typename L::S> plan, const Body& body, int count, int war
   }
 }
 
-template <bool BACKWARD, class L, Cell CELL>
-using Pass = std::conditional_t<BACKWARD, Backward<L, CELL>, Forward<L, CELL>>;
-
-// Of a group of weights: its rows, and the hidden units that they are of.
-template <class S, bool BACKWARD>
-constexpr int ROWS = !BACKWARD ? 32 : sizeof(S) == 2 ? 16 : 8;
-template <class S, bool BACKWARD>
-constexpr int UNITS = BACKWARD ? ROWS<S, true> : 8;
-
-// fill<L>(pass, warps) with as few k-blocks a warp as H allows; false if it has too many.
+// fill<L>(kernel, body, warps) with as few k-blocks a warp as H allows; false if it has too many.
 template <class S, bool BACKWARD, int KB = !BACKWARD ? 1 : sizeof(S) == 2 ? 2 : 4, class Fill>
 bool choose_depth(int64_t H, int64_t cell, const Fill& fill) {
   if constexpr (KB > (BACKWARD ? 16 : sizeof(S) == 2 ? 8 : 4)) {
@@ -669,10 +676,12 @@ bool choose_depth(int64_t H, int64_t cell, const Fill& fill) {
   } else {
     const int64_t blocks = ceil_div(BACKWARD ? 4 * H : H, BLOCK_K);
     if (blocks > MAX_WARPS * KB) return choose_depth<S, BACKWARD, 2 * KB>(H, cell, fill);
-    using L = Layout<S, ROWS<S, BACKWARD>, KB>;
-    const int warps = int(ceil_div(blocks, KB));
-    if (cell == LSTM) return fill.template operator()<L>(Pass<BACKWARD, L, LSTM>{}, warps);
-    return fill.template operator()<L>(Pass<BACKWARD, L, GRU>{}, warps);
+    auto of = [&]<int CELL>(std::integral_constant<int, CELL>) {
+      return fill.template operator()<LayoutOf<S, BACKWARD, KB>>(
+          sequence_kernel<S, BACKWARD, KB, CELL>, Body<S, BACKWARD, KB, CELL>{}, int(ceil_div(blocks, KB)));
+    };
+    if (cell == LSTM) return of(std::integral_constant<int, LSTM>{});
+    return of(std::integral_constant<int, GRU>{});
   }
 }
 
@@ -723,8 +732,8 @@ bool rnn_fits(Tensor like, int64_t H, int64_t cell, bool backward) {
     auto of = [&]<bool BACKWARD>(std::bool_constant<BACKWARD>) {
       Plan<S> plan{};
       plan.all_groups = int(ceil_div(H, UNITS<S, BACKWARD>)), plan.all_tiles = 1;
-      return choose_depth<S, BACKWARD>(H, cell, [&]<class L, class Body>(Body body, int warps) {
-        return launch_steps<L>(plan, body, 0, warps, 0, 0);
+      return choose_depth<S, BACKWARD>(H, cell, [&]<class L>(auto kernel, auto body, int warps) {
+        return launch_steps<L>(kernel, plan, body, 0, warps, 0, 0);
       });
     };
     fits = backward ? of(std::true_type{}) : of(std::false_type{});
@@ -752,12 +761,12 @@ void rnn_forward(Tensor pre, Tensor weights, std::optional<Tensor> bias_ih, std:
   const Steps places = steps_of(lengths, resets, offsets, steps, B, rows, reverse);
   for_device_dtype(dtype, [&]<class S>(S) {
     const Plan<S> plan = plan_of<S, false>(weights, exchange, counters, B, H);
-    const bool fits = choose_depth<S, false>(H, cell, [&]<class L, class Body>(Body body, int warps) {
+    const bool fits = choose_depth<S, false>(H, cell, [&]<class L>(auto kernel, auto body, int warps) {
       body.steps = places, body.H = H, body.pre = data<const float>(pre), body.h0 = data<const S>(h0);
       body.b_ih = data<const S>(bias_ih), body.b_hh = data<const S>(bias_hh);
       body.output = data<S>(output), body.h_n = data<S>(h_n), body.state = data<float>(state);
       body.gates = data<float>(gates), body.cells = data<float>(cells);
-      return launch_steps<L>(plan, body, int(steps), warps, largest_cluster, stream);
+      return launch_steps<L>(kernel, plan, body, int(steps), warps, largest_cluster, stream);
     });
     STD_TORCH_CHECK(fits, "weights: a hidden size of ", H, " does not fit on the device's chip");
   });
@@ -785,13 +794,13 @@ void rnn_backward(std::optional<Tensor> grad_output, Tensor weights, Tensor h0, 
   const Steps places = steps_of(lengths, resets, offsets, steps, B, rows, reverse);
   for_device_dtype(dtype, [&]<class S>(S) {
     const Plan<S> plan = plan_of<S, true>(weights, exchange, counters, B, H);
-    const bool fits = choose_depth<S, true>(H, cell, [&]<class L, class Body>(Body body, int warps) {
+    const bool fits = choose_depth<S, true>(H, cell, [&]<class L>(auto kernel, auto body, int warps) {
       body.steps = places, body.H = H, body.grad_output = data<const S>(grad_output);
       body.h0 = data<const S>(h0), body.c0 = data<const S>(c0), body.output = data<const S>(output);
       body.gates = data<const float>(gates), body.cells = data<const float>(cells);
       body.grad_h = data<float>(grad_h), body.grad_c = data<float>(grad_c);
       body.grad_gates = data<S>(grad_gates), body.previous = data<S>(previous);
-      return launch_steps<L>(plan, body, int(steps) + 1, warps, largest_cluster, stream);
+      return launch_steps<L>(kernel, plan, body, int(steps) + 1, warps, largest_cluster, stream);
     });
     STD_TORCH_CHECK(fits, "weights: a hidden size of ", H, " does not fit on the device's chip");
   });

@@ -300,6 +300,8 @@ def _cuda_declines(input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bi
         return "it takes no weight_hr"
     if input.dim() == 2 and batch_sizes is None:
         return "it takes sequences: for one step, loading the weights is all there is to do"
+    if (len(input) if batch_sizes is None else len(batch_sizes)) >= 1 << 24 or len(h0) >= 1 << 30:
+        return "it takes fewer than 2^24 steps and 2^30 sequences"
     if batch_sizes is not None and input.is_cuda and torch.cuda.is_current_stream_capturing():
         return "it copies batch_sizes to the device, which a CUDA graph would not repeat"
     for backward in (False, True)[: 1 + training]:
@@ -718,7 +720,7 @@ def _check_batch_sizes(batch_sizes, input, B) -> None:
 
 def _layer(
     gates, T, B, I, H, *, P=None, bias=True, state=True, lengths=None, resets=None, packed=None, order="tbi", size=1.0,
-    **options,
+    step=False, **options,
 ):  # fmt: skip
     """make(dtype, device) for a sequence. resets: their probability; packed: lengths, descending; size: of input."""
 
@@ -746,18 +748,9 @@ def _layer(
         if packed is not None:
             inputs["batch_sizes"] = (torch.arange(T)[:, None] < torch.tensor(packed)).sum(1)
             inputs["input"] = size * torch.randn(sum(packed), I, dtype=dtype, device=device)
+        if step:
+            inputs["input"] = inputs["input"][0]
         return inputs | options
-
-    return make
-
-
-def _cell(gates, B, I, H, **options):
-    """make(dtype, device) for a step."""
-    layer = _layer(gates, 1, B, I, H, **options)
-
-    def make(dtype, device):
-        inputs = layer(dtype, device)
-        return inputs | dict(input=inputs["input"][0])
 
     return make
 
@@ -783,9 +776,8 @@ _FEW = 4.0  # where a result is one number, eager's error is a matter of luck
 _LARGE = 4.0  # an argument of hundreds rounds by so many units of what its exponential is
 
 
-def _samples(name, op):
-    """Of `name`, with op(T, B, I, H, …) its maker."""
-    lstm = name == "lstm"
+def _samples(op):
+    """Of op(T, B, I, H, …), the maker of a cell's arguments."""
     return [
         Sample("plain", op(5, 3, 7, 8)),
         Sample("odd sizes", op(6, 5, 3, 19)),
@@ -794,6 +786,7 @@ def _samples(name, op):
         Sample("one sequence", op(8 if INTERPRET else 40, 1, 20, 48)),
         Sample("one sequence, wide", op(4 if INTERPRET else 12, 1, 100, 200)),
         Sample("several tiles", op(4 if INTERPRET else 12, 18, 33, 70)),
+        Sample("wide, two tiles", op(2, 9, 10, 40 if INTERPRET else 300)),
         Sample("many sequences", op(3, 70, 40, 33)),
         Sample("long", op(20 if INTERPRET else 100, 2, 8, 24)),
         Sample("wide input, few steps", op(2, 2, 130, 10)),
@@ -810,20 +803,19 @@ def _samples(name, op):
         Sample("no steps", op(0, 3, 5, 6)),
         Sample("no sequences", op(4, 0, 5, 6)),
         Sample("no features", op(4, 3, 0, 6)),
-        *[
-            Sample(label, op(*sizes, **options))
-            for label, sizes, options in (
-                ("projection", (6, 4, 7, 20), dict(P=9)),
-                ("projection, one sequence", (9, 1, 7, 40), dict(P=33, reverse=True)),
-                ("projection, lengths, resets", (6, 4, 7, 20), dict(P=5, lengths=(6, 0, 2, 5), resets=0.3)),
-                ("projection, packed", (4, 3, 7, 20), dict(P=5, packed=(4, 3, 1), bias=False)),
-            )
-            if lstm
-        ],
     ]
 
 
-def _step_samples(name, op):
+def _projected_samples(op):
+    return [
+        Sample("projection", op(6, 4, 7, 20, P=9)),
+        Sample("projection, one sequence", op(9, 1, 7, 40, P=33, reverse=True)),
+        Sample("projection, lengths, resets", op(6, 4, 7, 20, P=5, lengths=(6, 0, 2, 5), resets=0.3)),
+        Sample("projection, packed", op(4, 3, 7, 20, P=5, packed=(4, 3, 1), bias=False)),
+    ]
+
+
+def _step_samples(op):
     return [
         Sample("plain", op(3, 7, 8)),
         Sample("one", op(1, 1, 1), _FEW),
@@ -833,33 +825,20 @@ def _step_samples(name, op):
         Sample("no bias", op(4, 5, 17, bias=False)),
         Sample("saturated", op(4, 6, 20, size=300.0), _LARGE),
         Sample("no sequences", op(0, 5, 6)),
-        *([Sample("projection", op(5, 7, 20, P=9))] if name == "lstm" else []),
     ]
-
-
-def _of(gates, maker, **fixed):
-    return lambda *sizes, **options: maker(gates, *sizes, **fixed, **options)
-
-
-def _square(B, T, H):
-    return f"B{B} T{T} H{H}", (T, B, H, H)
 
 
 _ragged = tuple(sorted((17 * i % 97 + 4 for i in range(32)), reverse=True))  # 32 sequences of 4 to 100 steps
 _sizes = [(1, 256, 128), (1, 256, 256), (1, 128, 1024), (4, 128, 512), (16, 128, 512), (64, 64, 256)]
 
 
-def _workloads(op, sizes, quick, trained, packed_width):
-    for case in sizes:
-        label, shape = _square(*case)
-        yield _job(label, op(*shape), quick=case in quick)
-    for case in trained:
-        label, shape = _square(*case)
-        yield _job(label, op(*shape), train=True, quick=case in quick)
+def _workloads(op, sizes):
     for train in (False, True):
-        shape = (max(_ragged), len(_ragged), packed_width, packed_width)
-        label = f"32 packed of {min(_ragged)}–{max(_ragged)} H{packed_width}"
-        yield _job(label, op(*shape, packed=_ragged), train=train, quick=True)
+        for B, T, H in sizes:
+            yield _job(f"B{B} T{T} H{H}", op(T, B, H, H), train=train, quick=True)
+    for train in (False, True):
+        label, make = f"32 packed of {min(_ragged)}–{max(_ragged)} H256", op(max(_ragged), 32, 256, 256, packed=_ragged)
+        yield _job(label, make, train=train, quick=True)
 
 
 def _step_workloads(op):
@@ -867,56 +846,52 @@ def _step_workloads(op):
         yield _job(f"B{B} H{H}", op(B, H, H), quick=H == 256)
 
 
-_common = dict(kernel=_rnn_op, reference=reference, supports={"cpu": lambda *_: None, "triton": triton_declines})
-_with_cuda = _common | dict(supports=_common["supports"] | {"cuda": _cuda_declines})
-_inputs = ("input", "hx", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-_few = _sizes[1:2] + _sizes[4:5]
-lstm = register(
-    _lstm,
-    **_with_cuda,
-    samples=_samples("lstm", _of(4, _layer)),
-    workloads=_workloads(_of(4, _layer), _sizes, _sizes, _sizes, 256),
-    differentiable=(*_inputs, "weight_hr"),
-)
-gru = register(
-    _gru,
-    **_with_cuda,
-    samples=_samples("gru", _of(3, _layer)),
-    workloads=_workloads(_of(3, _layer), _few, _few, _few, 256),
-    differentiable=_inputs,
-)
-rnn = register(
-    _rnn,
-    **_common,
-    samples=[
-        *_samples("rnn", _of(1, _layer)),
-        Sample("relu", _of(1, _layer)(6, 4, 7, 20, nonlinearity="relu")),
-        Sample(
-            "relu, resets, lengths", _of(1, _layer)(6, 3, 7, 20, nonlinearity="relu", resets=0.3, lengths=(6, 0, 4))
+def _declare(function, cell, samples, workloads, supports=None):
+    return register(
+        function,
+        kernel=_rnn_op,
+        reference=reference,
+        supports={"cpu": lambda *_: None, "triton": triton_declines} | (supports or {}),
+        samples=samples,
+        workloads=workloads,
+        differentiable=(
+            "input",
+            "hx",
+            "weight_ih",
+            "weight_hh",
+            "bias_ih",
+            "bias_hh",
+            *(["weight_hr"] if cell == LSTM else []),
         ),
+    )
+
+
+_on_cuda = {"cuda": _cuda_declines}
+_lstms, _grus, _rnns = (functools.partial(_layer, GATES[cell]) for cell in (LSTM, GRU, RNN_TANH))
+_lstm_steps, _gru_steps, _rnn_steps = (functools.partial(op, 1, step=True) for op in (_lstms, _grus, _rnns))
+
+lstm = _declare(_lstm, LSTM, [*_samples(_lstms), *_projected_samples(_lstms)], _workloads(_lstms, _sizes), _on_cuda)
+gru = _declare(_gru, GRU, _samples(_grus), _workloads(_grus, _sizes[1:2] + _sizes[4:5]), _on_cuda)
+rnn = _declare(
+    _rnn,
+    RNN_TANH,
+    [
+        *_samples(_rnns),
+        Sample("relu", _rnns(6, 4, 7, 20, nonlinearity="relu")),
+        Sample("relu, resets, lengths", _rnns(6, 3, 7, 20, nonlinearity="relu", resets=0.3, lengths=(6, 0, 4))),
     ],
-    workloads=[_job("B1 T256 H256", _of(1, _layer)(256, 1, 256, 256), quick=True)],
-    differentiable=_inputs,
+    [_job("B1 T256 H256", _rnns(256, 1, 256, 256), quick=True)],
 )
-lstm_step = register(
+lstm_step = _declare(
     _lstm_step,
-    **_common,
-    samples=_step_samples("lstm", _of(4, _cell)),
-    workloads=_step_workloads(_of(4, _cell)),
-    differentiable=(*_inputs, "weight_hr"),
+    LSTM,
+    [*_step_samples(_lstm_steps), Sample("projection", _lstm_steps(5, 7, 20, P=9))],
+    _step_workloads(_lstm_steps),
 )
-gru_step = register(
-    _gru_step,
-    **_common,
-    samples=_step_samples("gru", _of(3, _cell)),
-    workloads=_step_workloads(_of(3, _cell)),
-    differentiable=_inputs,
-)
-rnn_step = register(
+gru_step = _declare(_gru_step, GRU, _step_samples(_gru_steps), _step_workloads(_gru_steps))
+rnn_step = _declare(
     _rnn_step,
-    **_common,
-    samples=[*_step_samples("rnn", _of(1, _cell)), Sample("relu", _of(1, _cell)(4, 7, 20, nonlinearity="relu"))],
-    workloads=_step_workloads(_of(1, _cell)),
-    differentiable=_inputs,
+    RNN_TANH,
+    [*_step_samples(_rnn_steps), Sample("relu", _rnn_steps(4, 7, 20, nonlinearity="relu"))],
+    _step_workloads(_rnn_steps),
 )
