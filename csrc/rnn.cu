@@ -257,7 +257,7 @@ class Product {
     h += lane / L::ROWS * L::ROWS;
     float c[GROUPS][8] = {};
     each_piece([&](int kb, int p) {
-      if (kb * BLOCK_K + p * 4 >= columns) return;  // @@
+      if (kb * BLOCK_K + p * 4 >= columns) return;  // and, since it is a branch, ptxas loads no further ahead: it spilled
       uint4 w[GROUPS];
 #pragma unroll
       for (int u = 0; u < GROUPS; ++u) w[u] = weights(u, kb, p);
@@ -607,6 +607,10 @@ template <class S, bool BACKWARD, int KB, int CELL>
 using Body = std::conditional_t<BACKWARD, Backward<LayoutOf<S, BACKWARD, KB>, Cell(CELL)>,
                                 Forward<LayoutOf<S, BACKWARD, KB>, Cell(CELL)>>;
 
+// audit: sequence_kernel: allow narrow load: what a cell needs is of one unit and two sequences a lane, as the sums are:
+//     eight lanes read a sector. The loop lives on the exchange, which it reads 16 bytes a lane
+// audit: sequence_kernel where S=float BACKWARD=true KB=8 target=sm_100: allow spill: 8 bytes, of the loop over the
+//     steps: read once a step, outside the product
 // audit: sequence_kernel where target=sm_80: dynamic shared 163 * 1024: at most: launch_steps looks for what fits
 // audit: sequence_kernel where target=sm_90 target=sm_100: dynamic shared 227 * 1024: at most: launch_steps looks for
 //     what fits

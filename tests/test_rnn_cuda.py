@@ -4,6 +4,7 @@ import pytest
 import torch
 from cuda_host import build, host
 
+from pykernels import rnn_gpu
 from pykernels.check import compare, compare_sample
 from pykernels.ops import rnn
 from pykernels.registry import OPS, Sample
@@ -22,7 +23,7 @@ def become():
 
     def become(multiprocessors, capability):
         host.load().cuda_host_device(multiprocessors, capability)
-        rnn._fits.cache_clear()
+        rnn_gpu._fits.cache_clear()
 
     yield become
     become(8, 90)
