@@ -1,4 +1,4 @@
-"""LSTM's and GRU's CUDA kernels, compiled for the CPU: both ways to exchange h, and sizes that need a larger device."""
+"""LSTM's and GRU's CUDA kernels, compiled for the CPU: both ways to exchange h, and what only another device has to do."""
 
 import pytest
 import torch
@@ -44,17 +44,18 @@ def test_exchange_through_global_memory(become, name, sample, dtype):
     holds(compare_sample(OPS[name], sample, DTYPES[dtype], "cpu", "cuda"))
 
 
-# T, B, I, H; a device that has room for them; what they are the first to need
+# T, B, I, H; the device; what they need on it, and no sample does
 WIDE = [
     ("lstm", (2, 9, 3, 520), "fp32", (132, 80), "4 and 16 k-blocks a warp"),
     ("gru", (3, 9, 3, 520), "bf16", (132, 80), "4 and 16 k-blocks a warp"),
     ("lstm", (2, 3, 3, 390), "fp32", (16, 90), "a cluster of 16"),
-    ("gru", (2, 41, 3, 200), "bf16", (3, 80), "more tiles than a pass"),
+    ("lstm", (2, 150, 3, 70), "fp32", (1, 80), "more tiles than a pass has room for"),
+    ("lstm", (2, 41, 3, 200), "bf16", (1, 90), "two passes of several tiles"),
 ]
 
 
 @pytest.mark.parametrize(("name", "sizes", "dtype", "device"), [case[:4] for case in WIDE], ids=[c[4] for c in WIDE])
-def test_larger_devices(become, name, sizes, dtype, device):
+def test_other_devices(become, name, sizes, dtype, device):
     become(*device)
     host.set_order(f"random:{torch.initial_seed()}")
     holds(compare_sample(OPS[name], Sample("wide", rnn._layer(GATES[name], *sizes)), DTYPES[dtype], "cpu", "cuda"))
