@@ -1,4 +1,4 @@
-"""LSTM's and GRU's CUDA kernels, compiled for the CPU: both ways to exchange h, and what only another device has to do."""
+"""LSTM's and GRU's CUDA kernels, compiled for the CPU: both ways to exchange h, and what other devices make them do."""
 
 import pytest
 import torch
