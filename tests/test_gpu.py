@@ -210,6 +210,7 @@ def test_an_emulated_device_goes_the_whole_way(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent))
     monkeypatch.setenv("FAKE_RESULTS", json.dumps({"bench": {"results": [RACE]}, "fail": [ROW]}))
+    monkeypatch.setitem(gpu.STEPS, "check", ("pykernels check --dtype fp32", 600))
     monkeypatch.setitem(gpu.STEPS, "bench", ("fake_step bench", 60))
     monkeypatch.setitem(gpu.STEPS, "audit", ("fake_step fail", 60))
     file = tmp_path / "gpu.json"
