@@ -88,35 +88,50 @@ struct Launch {
   unsigned cluster = 1;     // blocks of a cluster, along x
 };
 
+// A launch as CUDA takes it, of a kernel that was told what it will be asked for.
+struct Configuration : cudaLaunchConfig_t {
+  cudaLaunchAttribute all[2];
+
+  template <class Kernel>
+  Configuration(const Launch& how, Kernel* kernel) : cudaLaunchConfig_t{} {
+    if (how.shared > 48 << 10)
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared)),
+                 "cudaFuncSetAttribute");
+    if (how.cluster > 8)
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
+    gridDim = how.grid, blockDim = how.block, dynamicSmemBytes = how.shared;
+    stream = reinterpret_cast<cudaStream_t>(how.stream);
+    attrs = all, numAttrs = 0;
+    if (how.cooperative) {
+      all[numAttrs].id = cudaLaunchAttributeCooperative;
+      all[numAttrs++].val.cooperative = 1;
+    }
+    if (how.cluster > 1) {
+      all[numAttrs].id = cudaLaunchAttributeClusterDimension;
+      all[numAttrs].val.clusterDim.x = how.cluster;
+      all[numAttrs].val.clusterDim.y = all[numAttrs].val.clusterDim.z = 1;
+      ++numAttrs;
+    }
+  }
+  Configuration(const Configuration&) = delete;
+};
+
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), Arguments&&... arguments) {
   if (how.grid.x == 0 || how.grid.y == 0 || how.grid.z == 0) return;
-  if (how.shared > 48 << 10)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared)),
-               "cudaFuncSetAttribute");
-  if (how.cluster > 8)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
-  cudaLaunchAttribute attributes[2];
-  unsigned count = 0;
-  if (how.cooperative) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count++].val.cooperative = 1;
-  }
-  if (how.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = how.cluster;
-    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
-    ++count;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = how.grid;
-  config.blockDim = how.block;
-  config.dynamicSmemBytes = how.shared;
-  config.stream = reinterpret_cast<cudaStream_t>(how.stream);
-  config.attrs = attributes;
-  config.numAttrs = count;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch");
+  const Configuration configuration(how, kernel);
+  check_cuda(cudaLaunchKernelEx(&configuration, kernel, std::forward<Arguments>(arguments)...), "launch");
   check_cuda(cudaGetLastError(), "launch");
+}
+
+// How many of a launch's clusters the device holds at a time; 0 if they do not fit.
+template <class Kernel>
+int resident_clusters(const Launch& how, Kernel* kernel) {
+  const Configuration configuration(how, kernel);
+  int clusters;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration) == cudaSuccess) return clusters;
+  cudaGetLastError();
+  return 0;
 }
 
 // ---- inside kernels -------------------------------------------------------------------------------------------------

@@ -44,11 +44,4 @@ __device__ inline void mma_16x8x16(float& c0, float& c1, float& c2, float& c3, c
 #endif
 }
 
-// The same on an accumulator that lies together.
-template <class T>
-__device__ inline void multiply_add_16x8x16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                                            unsigned b0, unsigned b1) {
-  mma_16x8x16<T>(c[0], c[1], c[2], c[3], {a0, a1, a2, a3}, {b0, b1});
-}
-
 }  // namespace

@@ -28,88 +28,13 @@
 #include <optional>
 
 #include "mma.h"
+#include "rnn_cells.h"
+#include "rows.h"
 
 namespace {
 
-enum Cell { LSTM, GRU };
-
 constexpr int MAX_WARPS = 8, MAX_THREADS = 32 * MAX_WARPS;
 constexpr int BLOCK_K = 32;  // columns of weights that a lane takes 16 bytes of, or (fp32) twice as many
-constexpr float LOG2E = 1.4426950408889634f;
-
-// ---- cells -----------------------------------------------------------------------------------------------------------
-// Quotients whose denominators lie in (0, 2], so that several share one reciprocal: an LSTM's cell takes three exp2 and
-// two reciprocals. What shares one shares its NaN: only gates that meet in the same result do.
-
-struct Quotient {
-  float numerator, denominator;
-};
-
-__device__ inline Quotient sigmoid(float x) {
-  const float e = exp2_fast(fabsf(x) * -LOG2E);
-  return {x < 0 ? e : 1.0f, 1.0f + e};
-}
-
-// Eigen's minimax quotient (ptanh_float): 3 ulp, from 0 to infinity.
-__device__ inline Quotient tanh_quotient(float x) {
-  x = x > 7.905311f ? 7.905311f : x < -7.905311f ? -7.905311f : x;
-  const float z = x * x;
-  float p = fmaf(-2.76076847742355e-16f, z, 2.00018790482477e-13f);
-  p = fmaf(fmaf(p, z, -8.60467152213735e-11f), z, 5.12229709037114e-08f);
-  p = fmaf(fmaf(p, z, 1.48572235717979e-05f), z, 6.37261928875436e-04f);
-  const float q = fmaf(fmaf(1.19825839466702e-06f, z, 1.18534705686654e-04f), z, 2.26843463243900e-03f);
-  return {fmaf(p, z, 4.89352455891786e-03f) * x, fmaf(q, z, 4.89352518554385e-03f)};
-}
-
-// Pre-activations s (GRU: of r, z and the two halves of n), state c or h → h'; the new state; what backward reads.
-template <Cell CELL>
-__device__ inline float advance(const float (&s)[4], float& state, float (&saved)[4]) {
-  const Quotient a = sigmoid(s[0]), b = sigmoid(s[1]);
-  const float both = a.denominator * b.denominator;
-  if constexpr (CELL == LSTM) {
-    const Quotient g = tanh_quotient(s[2]);
-    float inverse = reciprocal_fast(both * g.denominator);
-    saved[2] = g.numerator * (both * inverse);
-    inverse *= g.denominator;
-    saved[0] = a.numerator * (b.denominator * inverse);
-    saved[1] = b.numerator * (a.denominator * inverse);
-    state = fmaf(saved[1], state, saved[0] * saved[2]);
-    const Quotient o = sigmoid(s[3]), u = tanh_quotient(state);
-    const float o_numerator = o.numerator * reciprocal_fast(o.denominator * u.denominator);
-    saved[3] = o_numerator * u.denominator;
-    return o_numerator * u.numerator;
-  } else {
-    const float inverse = reciprocal_fast(both);
-    saved[0] = a.numerator * (b.denominator * inverse);
-    saved[1] = b.numerator * (a.denominator * inverse);
-    const Quotient n = tanh_quotient(fmaf(saved[0], s[3], s[2]));
-    saved[2] = n.numerator * reciprocal_fast(n.denominator);
-    saved[3] = s[3];
-    return state = fmaf(saved[1], state - saved[2], saved[2]);
-  }
-}
-
-// dh', dc', what forward saved, c', the state before → gradients of the gates (GRU: of n, r, z, W_hn h + b_hn), and of
-// the state before, past the product.
-template <Cell CELL>
-__device__ inline float retreat(float dh, float dc, const float (&g)[4], float c, float before, float (&d)[4]) {
-  if constexpr (CELL == LSTM) {
-    const Quotient t = tanh_quotient(c);
-    const float u = t.numerator * reciprocal_fast(t.denominator);
-    dc = fmaf(dh * g[3], 1 - u * u, dc);
-    d[0] = dc * g[2] * (g[0] * (1 - g[0]));
-    d[1] = dc * before * (g[1] * (1 - g[1]));
-    d[2] = dc * g[0] * (1 - g[2] * g[2]);
-    d[3] = dh * u * (g[3] * (1 - g[3]));
-    return dc * g[1];
-  } else {
-    d[0] = dh * (1 - g[1]) * (1 - g[2] * g[2]);
-    d[1] = d[0] * g[3] * (g[0] * (1 - g[0]));
-    d[2] = dh * (before - g[2]) * (g[1] * (1 - g[1]));
-    d[3] = d[0] * g[0];
-    return dh * g[1];
-  }
-}
 
 // ---- sequences -------------------------------------------------------------------------------------------------------
 
@@ -125,7 +50,7 @@ struct Steps {
     bool present, active, reset;  // has a row; takes the step; with a state of zeros
   };
 
-  __device__ Place at(int64_t k, int64_t b) const {
+  __device__ Place at(int k, int b) const {
     if (k < 0 || k >= T || b >= B) return {0, false, false, false};
     const int64_t t = reverse ? T - 1 - k : k, first = offsets ? offsets[t] : t * B;
     const bool present = !offsets || first + b < offsets[t + 1];
@@ -140,7 +65,8 @@ struct Plan {
   const S* weights;    // [groups of all blocks][ROWS][K]
   S* exchange;         // [2][sequences in tiles of 8][stride]
   unsigned* counters;  // one per team, a cache line apart
-  int64_t stride, K;   // K: of warps · KB · BLOCK_K
+  int64_t stride, K;       // K: of warps · KB · BLOCK_K
+  int columns;             // of the weights, without padding
   int groups, all_groups;  // of a block, in all
   int tiles, all_tiles;    // of eight sequences: of a team, in all
   int pass;                // tiles whose sums fit in shared memory at a time
@@ -154,28 +80,32 @@ struct Layout {
   static constexpr bool HALF = sizeof(S) == 2;
   static constexpr int PIECES = ROWS * sizeof(S) / 16;  // 16-byte pieces of a group that a lane holds per k-block
   static constexpr int IN_REGISTERS = std::clamp(128 / (4 * PIECES * KB), 1, 4);  // groups
+  static constexpr bool EARLY = PIECES * KB < 32;  // load what cells need before the wait; the others would spill
   static constexpr int PAD = 64 / sizeof(S);  // elements after a row in shared memory: rows on different banks
   static constexpr size_t group_bytes(int warps) { return size_t(warps) * KB * PIECES * 512; }
   static constexpr size_t sums_bytes(int warps) { return size_t(warps) * ROWS * 32; }  // of a group and tile
 };
 
-// Where the team's exchange is; offsets in elements.
+// Where the team's exchange is: in global memory, or at the same place in the shared memory of each of its blocks.
 template <class L>
 struct Exchange {
   using S = typename L::S;
-  S* base;
-  int64_t half, stride;
+  S *global, *shared;
+  int64_t half;  // numbers from one step's to the next's
+  int stride;
   bool cluster;
 
-  __device__ S* at(int64_t step, int column, int64_t k) const { return base + step % 2 * half + column * stride + k; }
+  __device__ int64_t offset(int step, int column, int k) const {
+    return step % 2 * half + int64_t(column) * stride + k;
+  }
 
   // Copy `copy` of `copies` lanes that have the same 16 bytes writes its share of them.
-  __device__ void store(int64_t step, int column, int64_t k, uint4 value, unsigned copy, unsigned copies) const {
-    S* place = at(step, column, k);
+  __device__ void store(int step, int column, int k, uint4 value, unsigned copy, unsigned copies) const {
+    const int64_t place = offset(step, column, k);
     if (cluster)
-      for (unsigned rank = copy; rank < gridDim.x; rank += copies) store_to_cluster(place, rank, value);
+      for (unsigned rank = copy; rank < gridDim.x; rank += copies) store_to_cluster(shared + int(place), rank, value);
     else if (copy == 0)
-      *reinterpret_cast<uint4*>(place) = value;
+      *reinterpret_cast<uint4*>(global + place) = value;
   }
 };
 
@@ -219,33 +149,28 @@ class Product {
   using S = typename L::S;
 
  public:
-  // spilled: the weights of the groups past IN_REGISTERS; slab: where a warp puts its part of the exchange (fp32).
+  // spilled: where the weights of the groups past IN_REGISTERS lie.
   __device__ void load(const Plan<S>& plan, int first_group, uint4* spilled) {
     spilled_ = spilled + threadIdx.x % 32;
 #pragma unroll
     for (int u = 0; u < L::IN_REGISTERS; ++u)
-      each_piece([&](int kb, int p) { weights_[u][kb][p] = piece(plan, first_group, u, kb, p); });
+      load_group(plan, first_group + u, [&](int kb, int p) -> uint4& { return weights_[u][kb][p]; });
     for (int u = L::IN_REGISTERS; u < plan.groups; ++u)
-      each_piece([&](int kb, int p) { spilled_[place(u, kb, p)] = piece(plan, first_group, u, kb, p); });
+      load_group(plan, first_group + u, [&](int kb, int p) -> uint4& { return spilled_[place(u, kb, p)]; });
   }
 
   // sums: [groups][warps][ROWS][8] of this tile, of which the warp writes its own.
-  __device__ void multiply(const Plan<S>& plan, const Exchange<L>& exchange, int64_t step, int tile, float* slab,
-                           float* sums) const {
+  __device__ void multiply(const Plan<S>& plan, const Exchange<L>& exchange, int step, int tile, float* sums) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int64_t k0 = int64_t(warp) * (L::KB * BLOCK_K);
+    const int first = warp * (L::KB * BLOCK_K), next = warps * L::ROWS * 8;
     sums += warp * (L::ROWS * 8);
-    const int next = warps * L::ROWS * 8;
     if constexpr (L::HALF) {
       uint4 h[L::KB];
-      const auto* from = reinterpret_cast<const uint4*>(exchange.at(step, tile * 8 + lane / 4, k0 + lane % 4 * 8));
-      if (exchange.cluster) {
+      const int64_t from = exchange.offset(step, tile * 8 + lane / 4, first + lane % 4 * 8);
 #pragma unroll
-        for (int kb = 0; kb < L::KB; ++kb) h[kb] = from[kb * 4];
-      } else {
-#pragma unroll
-        for (int kb = 0; kb < L::KB; ++kb) h[kb] = __ldcg(from + kb * 4);
-      }
+      for (int kb = 0; kb < L::KB; ++kb)
+        h[kb] = exchange.cluster ? reinterpret_cast<const uint4*>(exchange.shared + int(from))[kb * 4]
+                                 : __ldcg(reinterpret_cast<const uint4*>(exchange.global + from) + kb * 4);
 #pragma unroll
       for (int u = 0; u < L::IN_REGISTERS; ++u)
         if (u < plan.groups) multiply_half(h, [&](int kb, int p) { return weights_[u][kb][p]; }, sums + u * next);
@@ -253,24 +178,23 @@ class Product {
         multiply_half(h, [&](int kb, int p) { return spilled_[place(u, kb, p)]; }, sums + u * next);
     } else {
       constexpr int WIDTH = L::KB * BLOCK_K;
-      const float* h = exchange.at(step, tile * 8, k0);
-      int64_t stride = exchange.stride;
-      if (!exchange.cluster) {
-        slab += warp * (8 * WIDTH);
+      const int64_t from = exchange.offset(step, tile * 8, first);
+      float* h = exchange.shared + (exchange.cluster ? int(from) : warp * (8 * WIDTH));
+      if (!exchange.cluster) {  // the warp's part comes to shared memory first
         __syncwarp();
-#pragma unroll 4
+#pragma unroll 1
         for (int i = lane; i < 2 * WIDTH; i += 32)
-          copy_async<16>(slab + i * 4, exchange.at(step, tile * 8 + i / (WIDTH / 4), k0 + i % (WIDTH / 4) * 4));
+          copy_async<16>(h + i * 4, exchange.global + from + i / (WIDTH / 4) * exchange.stride + i % (WIDTH / 4) * 4);
         commit_copies();
         wait_copies<0>();
         __syncwarp();
-        h = slab, stride = WIDTH;
       }
-      multiply_exact<L::IN_REGISTERS>(h, stride, [&](int u, int kb, int p) { return weights_[u][kb][p]; }, sums, next,
-                                      plan.groups);
+      const int stride = exchange.cluster ? exchange.stride : WIDTH, columns = plan.columns - first;
+      multiply_exact<L::IN_REGISTERS>(h, stride, columns, [&](int u, int kb, int p) { return weights_[u][kb][p]; },
+                                      sums, next, plan.groups);
       for (int u = L::IN_REGISTERS; u < plan.groups; ++u)
-        multiply_exact<1>(h, stride, [&](int, int kb, int p) { return spilled_[place(u, kb, p)]; }, sums + u * next,
-                          next, 1);
+        multiply_exact<1>(h, stride, columns, [&](int, int kb, int p) { return spilled_[place(u, kb, p)]; },
+                          sums + u * next, next, 1);
     }
   }
 
@@ -292,13 +216,17 @@ class Product {
 
   // Half precision: lane 4·g + q holds columns 8q .. 8q + 7 of rows g, g + 8, …: two k-tiles of the tensor core, whose
   // columns may be named in any order that h's are too. fp32: a lane has one row, of which 32 / ROWS lanes share a k-block.
-  __device__ static uint4 piece(const Plan<S>& plan, int first_group, int u, int kb, int p) {
-    const int lane = threadIdx.x % 32, group = first_group + u;
-    if (u >= plan.groups || group >= plan.all_groups) return {0, 0, 0, 0};
-    const int row = L::HALF ? p * 8 + lane / 4 : lane % L::ROWS;
-    const int k = L::HALF ? lane % 4 * 8 : lane / L::ROWS * L::ROWS + p * 4;
-    const int64_t column = (int64_t(threadIdx.x / 32) * L::KB + kb) * BLOCK_K + k;
-    return *reinterpret_cast<const uint4*>(plan.weights + (int64_t(group) * L::ROWS + row) * plan.stride + column);
+  // Of a group past the last the sums are not used.
+  template <class To>
+  __device__ static void load_group(const Plan<S>& plan, int group, const To& to) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int row = L::HALF ? lane / 4 : lane % L::ROWS, k = L::HALF ? lane % 4 * 8 : lane / L::ROWS * L::ROWS;
+    const S* from = plan.weights + (int64_t(min(group, plan.all_groups - 1)) * L::ROWS + row) * plan.stride +
+                    warp * (L::KB * BLOCK_K) + k;
+    each_piece([&](int kb, int p) {
+      const int64_t piece = kb * BLOCK_K + (L::HALF ? p * 8 * plan.stride : p * 4);
+      to(kb, p) = *reinterpret_cast<const uint4*>(from + piece);
+    });
   }
 
   template <class Weights>
@@ -310,8 +238,8 @@ class Product {
 #pragma unroll
       for (int m = 0; m < L::ROWS / 16; ++m) {
         const uint4 low = weights(kb, 2 * m), high = weights(kb, 2 * m + 1);
-        multiply_add_16x8x16<S>(c[m], low.x, high.x, low.y, high.y, h[kb].x, h[kb].y);
-        multiply_add_16x8x16<S>(c[m], low.z, high.z, low.w, high.w, h[kb].z, h[kb].w);
+        mma_16x8x16<S>(c[m][0], c[m][1], c[m][2], c[m][3], {low.x, high.x, low.y, high.y}, {h[kb].x, h[kb].y});
+        mma_16x8x16<S>(c[m][0], c[m][1], c[m][2], c[m][3], {low.z, high.z, low.w, high.w}, {h[kb].z, h[kb].w});
       }
 #pragma unroll
     for (int m = 0; m < L::ROWS / 16; ++m) {
@@ -321,14 +249,15 @@ class Product {
     }
   }
 
-  // h: [8][stride]
+  // h: [8][stride], of which columns count.
   template <int GROUPS, class Weights>
-  __device__ static void multiply_exact(const float* h, int64_t stride, const Weights& weights, float* sums, int next,
-                                        int groups) {
+  __device__ static void multiply_exact(const float* h, int stride, int columns, const Weights& weights, float* sums,
+                                        int next, int groups) {
     const int lane = threadIdx.x % 32;
     h += lane / L::ROWS * L::ROWS;
     float c[GROUPS][8] = {};
     each_piece([&](int kb, int p) {
+      if (kb * BLOCK_K + p * 4 >= columns) return;  // and, since it is a branch, ptxas loads no further ahead: it spilled
       uint4 w[GROUPS];
 #pragma unroll
       for (int u = 0; u < GROUPS; ++u) w[u] = weights(u, kb, p);
@@ -363,9 +292,9 @@ class Product {
 
 // A warp's share of a step: eight units of eight sequences, two of them to a lane.
 struct Job {
-  int64_t unit;  // of this lane
-  int64_t b;     // the first of its two sequences
-  int column;    // the first of the tile's eight, in the exchange
+  int unit;    // of this lane
+  int b;       // the first of its two sequences
+  int column;  // the first of the tile's eight, in the exchange
   int lane;
   __device__ int first() const { return lane % 4 * 2; }  // of its two, among these
 };
@@ -373,7 +302,7 @@ struct Job {
 // body.begin(exchange, columns, first sequence): what step 0 reads; body.load(job, k): all that does not depend on the
 // exchange; body.finish(job, k, inputs, sums, exchange): the cells.
 template <class L, class Body>
-__device__ inline void run_steps(const Plan<typename L::S>& plan, const Body& body, int64_t count) {
+__device__ inline void run_steps(const Plan<typename L::S>& plan, const Body& body, int count) {
   constexpr int OCTETS = Body::SUMS == 1 ? L::ROWS / 8 : 1;  // of a group
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int first_group = blockIdx.x * plan.groups, first_tile = blockIdx.y * plan.tiles;
@@ -386,11 +315,11 @@ __device__ inline void run_steps(const Plan<typename L::S>& plan, const Body& bo
   auto* sums = reinterpret_cast<float*>(shared);  // [pass][groups][warps][ROWS][8]
   const int tile_sums = plan.groups * warps * L::ROWS * 8;
   shared += plan.pass * plan.groups * L::sums_bytes(warps);
-  Exchange<L> exchange{plan.exchange + first_tile * 8 * plan.stride, plan.all_tiles * 8 * plan.stride, plan.stride, false};
+  const int64_t stride = plan.cluster ? plan.K + L::PAD : plan.stride;
+  const Exchange<L> exchange{plan.exchange + first_tile * 8 * plan.stride, reinterpret_cast<typename L::S*>(shared),
+                             (plan.cluster ? plan.tiles : plan.all_tiles) * 8 * stride, int(stride), plan.cluster};
   if (plan.cluster) {
-    const int64_t stride = plan.K + L::PAD;
-    exchange = {reinterpret_cast<typename L::S*>(shared), plan.tiles * 8 * stride, stride, true};
-    for (int64_t i = threadIdx.x; i < 2 * exchange.half / (16 / int(sizeof(typename L::S))); i += blockDim.x)
+    for (int i = threadIdx.x; i < 2 * int(exchange.half) / (16 / int(sizeof(typename L::S))); i += blockDim.x)
       reinterpret_cast<uint4*>(shared)[i] = {0, 0, 0, 0};
     __syncthreads();
   }
@@ -404,7 +333,7 @@ __device__ inline void run_steps(const Plan<typename L::S>& plan, const Body& bo
       if (threadIdx.x == 0) signal(counter);
     }
   };
-  auto wait = [&](int64_t k) {
+  auto wait = [&](int k) {
     if (plan.cluster) {
       cluster_wait();
     } else {
@@ -414,26 +343,25 @@ __device__ inline void run_steps(const Plan<typename L::S>& plan, const Body& bo
   };
   auto job_at = [&](int job, int first) {
     const int column = (first + job / octets) * 8;
-    return Job{(int64_t(first_group) * OCTETS + job % octets) * 8 + lane / 4,
-               int64_t(first_tile) * 8 + column + lane % 4 * 2, column, lane};
+    return Job{(first_group * OCTETS + job % octets) * 8 + lane / 4, first_tile * 8 + column + lane % 4 * 2, column, lane};
   };
 
+  body.begin(exchange, tiles * 8, first_tile * 8, first_group * OCTETS * 8, octets * 8);
   Product<L> product;
   product.load(plan, first_group, spilled);
-  body.begin(plan, exchange, tiles * 8, int64_t(first_tile) * 8, first_group * OCTETS * 8, octets * 8);
   arrive();
   typename Body::Inputs inputs;
-  for (int64_t k = 0; k < count; ++k) {
+  for (int k = 0; k < count; ++k) {
     for (int first = 0; first < tiles; first += plan.pass) {
       const int here = min(plan.pass, tiles - first), jobs = here * octets;
-      if (warp < jobs) inputs = body.load(job_at(warp, first), k);
+      if (L::EARLY && warp < jobs) inputs = body.load(job_at(warp, first), k);
       if (first == 0) wait(k);
       for (int n = 0; n < here; ++n)
-        product.multiply(plan, exchange, k, first + n, reinterpret_cast<float*>(shared), sums + n * tile_sums);
+        product.multiply(plan, exchange, k, first + n, sums + n * tile_sums);
       __syncthreads();
       for (int i = warp; i < jobs; i += warps) {
         const Job job = job_at(i, first);
-        if (i != warp) inputs = body.load(job, k);
+        if (!L::EARLY || i != warp) inputs = body.load(job, k);
         const int octet = i % octets;
         const float* from = sums + i / octets * tile_sums + octet / OCTETS * (warps * L::ROWS * 8) +
                             octet % OCTETS * 64 + lane * 2;
@@ -471,21 +399,18 @@ struct Forward {
     float pre[2][4], state[2];
   };
 
-  __device__ void begin(const Plan<S>& plan, const Exchange<L>& exchange, int columns, int64_t b, int64_t unit,
-                        int64_t units) const {
-    if (plan.cluster) unit = 0, units = H;
-    units = min(units, H - unit);
-    if (units <= 0) return;
-    for (int64_t i = threadIdx.x; i < columns * units; i += blockDim.x) {
-      const int column = int(i / units);
-      const int64_t j = unit + i % units;
+  __device__ void begin(const Exchange<L>& exchange, int columns, int b, int unit, int units) const {
+    if (exchange.cluster) unit = 0, units = int(H);
+    S* to = exchange.cluster ? exchange.shared : exchange.global;
+    for (int column = 0; column < columns; ++column) {
       const bool zero = b + column >= steps.B || steps.at(0, b + column).reset;
-      const S value = zero ? static_cast<S>(0.0f) : h0[(b + column) * H + j];
-      *exchange.at(0, column, j) = *exchange.at(1, column, j) = value;
+      for (int j = unit + threadIdx.x; j < min(int64_t(unit) + units, H); j += blockDim.x)
+        to[exchange.offset(0, column, j)] = to[exchange.offset(1, column, j)] =
+            zero ? static_cast<S>(0.0f) : h0[(b + column) * H + j];
     }
   }
 
-  __device__ Inputs load(const Job& job, int64_t k) const {
+  __device__ Inputs load(const Job& job, int k) const {
     Inputs in{};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -499,9 +424,9 @@ struct Forward {
     return in;
   }
 
-  __device__ void finish(const Job& job, int64_t k, const Inputs& in, const float2 (&sum)[4],
+  __device__ void finish(const Job& job, int k, const Inputs& in, const float2 (&sum)[4],
                          const Exchange<L>& exchange) const {
-    const int64_t unit = job.unit;
+    const int unit = job.unit;
     const bool inside = unit < H;
     float bias[4] = {};
     if (b_ih && inside) {
@@ -558,7 +483,7 @@ struct Forward {
     const int g = job.lane / 4, mine = g % 2;
     const bool active = mine ? in.place[1].active : in.place[0].active;
     if (!active && !(mine ? in.next[1].reset : in.next[0].reset)) return;  // it keeps the h that both halves have
-    const int64_t first = unit - g + (L::HALF ? 0 : g / 4 * 4);
+    const int first = unit - g + (L::HALF ? 0 : g / 4 * 4);
     exchange.store(k + 1, job.column + job.first() + mine, first, chunk, L::HALF ? g / 2 : g / 2 % 2, L::HALF ? 4 : 2);
   }
 };
@@ -582,15 +507,17 @@ struct Backward {
     float gate[2][4], c[2], before[2], dh[2], dc[2];
   };
 
-  __device__ void begin(const Plan<S>&, const Exchange<L>&, int, int64_t, int64_t, int64_t) const {}
+  __device__ void begin(const Exchange<L>&, int, int, int, int) const {}
 
   // The k-th from the end; k = T is before the first: what is left is the gradient of h0.
-  __device__ Inputs load(const Job& job, int64_t k) const {
+  __device__ Inputs load(const Job& job, int k) const {
     Inputs in{};
-    const int64_t step = steps.T - 1 - k, unit = job.unit;
+    const int step = int(steps.T) - 1 - k;
+    const int unit = job.unit;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t b = job.b + i, at = b * H + unit;
+      const int b = job.b + i;
+      const int64_t at = b * H + unit;
       const Steps::Place place = in.place[i] = steps.at(step, b);
       if (b >= steps.B || unit >= H) continue;
       in.dh[i] = grad_h[at];
@@ -615,13 +542,14 @@ struct Backward {
     return in;
   }
 
-  __device__ void finish(const Job& job, int64_t k, const Inputs& in, const float2 (&sum)[1],
+  __device__ void finish(const Job& job, int k, const Inputs& in, const float2 (&sum)[1],
                          const Exchange<L>& exchange) const {
-    const int64_t unit = job.unit;
+    const int unit = job.unit;
     unsigned word[2][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t b = job.b + i, at = b * H + unit, row = in.place[i].row;
+      const int b = job.b + i;
+      const int64_t at = b * H + unit, row = in.place[i].row;
       const bool inside = unit < H && b < steps.B, active = in.place[i].active && inside, reset = in.place[i].reset;
       const float dh = in.dh[i] + (i ? sum[0].y : sum[0].x);
       float d[4] = {};
@@ -651,9 +579,10 @@ struct Backward {
 #pragma unroll
         for (int g = 0; g < 2; ++g) packed[i][g] = word[i][2 * g] | word[i][2 * g + 1] << 16;
       exchange_columns<2>(packed[0], packed[1], both);
-      if ((unit & ~int64_t(1)) >= H) return;
-      exchange.store(k + 1, job.column + job.first() + job.lane / 4 % 2, (unit & ~int64_t(1)) * 4,
-                     {both[0], both[1], both[2], both[3]}, 0, 1);
+      const int even = unit & ~1;
+      if (even >= H) return;
+      exchange.store(k + 1, job.column + job.first() + job.lane / 4 % 2, even * 4, {both[0], both[1], both[2], both[3]},
+                     0, 1);
     } else {
       if (unit >= H) return;
 #pragma unroll
@@ -664,179 +593,138 @@ struct Backward {
   }
 };
 
-template <class L, class Body>
+// ---- kernels ---------------------------------------------------------------------------------------------------------
+
+// Of a group of weights: its rows, and the hidden units that they are of.
+template <class S, bool BACKWARD>
+constexpr int ROWS = !BACKWARD ? 32 : sizeof(S) == 2 ? 16 : 8;
+template <class S, bool BACKWARD>
+constexpr int UNITS = BACKWARD ? ROWS<S, true> : 8;
+
+template <class S, bool BACKWARD, int KB>
+using LayoutOf = Layout<S, ROWS<S, BACKWARD>, KB>;
+template <class S, bool BACKWARD, int KB, int CELL>
+using Body = std::conditional_t<BACKWARD, Backward<LayoutOf<S, BACKWARD, KB>, Cell(CELL)>,
+                                Forward<LayoutOf<S, BACKWARD, KB>, Cell(CELL)>>;
+
+// audit: sequence_kernel: allow narrow load: what a cell needs is of one unit and two sequences a lane, as the sums are:
+//     eight lanes read a sector. The loop lives on the exchange, which it reads 16 bytes a lane
+// audit: sequence_kernel where S=float BACKWARD=true KB=8 target=sm_100: allow spill: 8 bytes, of the loop over the
+//     steps: read once a step, outside the product
+// audit: sequence_kernel where target=sm_80: dynamic shared 163 * 1024: at most: launch_steps looks for what fits
+// audit: sequence_kernel where target=sm_90 target=sm_100: dynamic shared 227 * 1024: at most: launch_steps looks for
+//     what fits
+template <class S, bool BACKWARD, int KB, int CELL>
 __global__ void __launch_bounds__(MAX_THREADS, 1)
-    sequence_kernel(const Plan<typename L::S> plan, const Body body, const int64_t count) {
-  run_steps<L>(plan, body, count);
+    sequence_kernel(const Plan<S> plan, const Body<S, BACKWARD, KB, CELL> body, const int count) {
+  run_steps<LayoutOf<S, BACKWARD, KB>>(plan, body, count);
 }
 
 // ---- launches --------------------------------------------------------------------------------------------------------
 
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // Lays out and, unless count is 0, launches the steps; false if the weights do not fit on the device's chip.
 // largest_cluster: 0 keeps to the exchange in global memory.
 template <class L, class Body>
-bool launch_steps(Plan<typename L::S> plan, const Body& body, int64_t count, int warps, int64_t largest_cluster,
-                  int64_t stream) {
-  using S = typename L::S;
-  const auto kernel = sequence_kernel<L, Body>;
-  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+bool launch_steps(void (*kernel)(Plan<typename L::S>, Body, int), Plan<typename L::S> plan, const Body& body, int count,
+                  int warps, int64_t largest_cluster, int64_t stream) {
+  const size_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(limit)), "cudaFuncSetAttribute");
   plan.K = int64_t(warps) * L::KB * BLOCK_K;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "cudaFuncSetAttribute");
-  auto shared = [&](bool cluster) {
-    const size_t exchange = cluster     ? 2 * plan.tiles * 8 * (plan.K + L::PAD) * sizeof(S)
-                            : L::HALF ? 0
-                                      : 8 * plan.K * sizeof(S);
+  auto shared = [&] {
+    const size_t columns = plan.cluster ? 2 * plan.tiles * 8 * (plan.K + L::PAD) : L::HALF ? 0 : 8 * plan.K;
     return std::max(0, plan.groups - L::IN_REGISTERS) * L::group_bytes(warps) +
-           plan.pass * plan.groups * L::sums_bytes(warps) + exchange;
+           plan.pass * plan.groups * L::sums_bytes(warps) + columns * sizeof(typename L::S);
   };
   Launch how{.block = dim3(32 * warps), .stream = stream};
-  auto start = [&](unsigned slices, bool cluster) {
-    const unsigned teams = (plan.all_tiles + plan.tiles - 1) / plan.tiles;
-    how.grid = dim3(slices, teams);
-    how.shared = shared(cluster);
-    how.cooperative = !cluster;
-    how.cluster = cluster ? slices : 1;
-    plan.cluster = cluster;
+  auto start = [&](int slices, int teams, size_t room) {  // teams: at a time; room: for a block
+    plan.tiles = int(ceil_div(plan.all_tiles, teams));
+    while (plan.cluster && plan.tiles > 1 && shared() > room) --plan.tiles;
+    plan.pass = std::min(plan.tiles, 4);
+    while (plan.pass > 1 && shared() > room) --plan.pass;
+    how.grid = dim3(slices, unsigned(ceil_div(plan.all_tiles, plan.tiles)));
+    how.shared = shared();
     if (count > 0) launch(how, kernel, plan, body, count);
     return true;
-  };
-  auto widen_pass = [&](bool cluster, size_t bytes) {
-    for (plan.pass = std::min(plan.tiles, 4); plan.pass > 1 && shared(cluster) > bytes; --plan.pass) {
-    }
   };
 
   // A team in one cluster: a power of two of blocks, each of as few groups as that leaves. Clusters need not be resident
   // together: they take turns.
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
-    for (int slices = 1; slices <= std::min<int64_t>(largest_cluster, 16); slices *= 2) {
-      plan.groups = (plan.all_groups + slices - 1) / slices;
-      if (plan.groups > L::IN_REGISTERS && slices < 8) continue;
-      plan.tiles = plan.pass = 1;
-      if (shared(true) > size_t(limit)) continue;
-      int clusters = multiprocessors;
-      if (slices > 1) {
-        if (slices > 8)
-          check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-                     "cudaFuncSetAttribute");
-        cudaLaunchAttribute attribute;
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim.x = slices;
-        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-        cudaLaunchConfig_t config{};
-        config.gridDim = dim3(slices);
-        config.blockDim = how.block;
-        config.dynamicSmemBytes = shared(true);
-        config.attrs = &attribute;
-        config.numAttrs = 1;
-        if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
-          cudaGetLastError();
-          clusters = 0;
-        }
-      }
-      if (clusters == 0) continue;
-      plan.tiles = (plan.all_tiles + clusters - 1) / clusters;
-      while (plan.tiles > 1 && shared(true) > size_t(limit)) --plan.tiles;
-      widen_pass(true, limit);
-      return start(slices, true);
-    }
+  plan.cluster = true;
+  const int64_t most = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? std::min<int64_t>(largest_cluster, 16) : 0;
+  for (int slices = 1; slices <= most; slices *= 2) {
+    plan.groups = int(ceil_div(plan.all_groups, slices)), plan.tiles = plan.pass = 1;
+    if (shared() > limit || (plan.groups > L::IN_REGISTERS && slices < 8)) continue;
+    how.grid = how.cluster = slices, how.shared = shared();
+    const int teams = slices == 1 ? multiprocessors : resident_clusters(how, kernel);
+    if (teams > 0) return start(slices, teams, limit);
   }
 
+  plan.cluster = false, how.cluster = 1, how.cooperative = true;
   for (plan.groups = std::min(plan.all_groups, L::IN_REGISTERS);; ++plan.groups) {
     plan.tiles = plan.pass = 1;
-    int blocks = 0;
-    if (shared(false) <= size_t(limit))
-      check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * warps, shared(false)),
-                 "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    const int slices = (plan.all_groups + plan.groups - 1) / plan.groups, teams = blocks * multiprocessors / slices;
-    if (blocks == 0) return false;
-    if (teams == 0) continue;
-    plan.tiles = (plan.all_tiles + teams - 1) / teams;
-    widen_pass(false, (limit - 1024) / blocks);
-    return start(slices, false);
+    if (shared() > limit) return false;
+    int blocks;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * warps, shared()),
+               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    const int slices = int(ceil_div(plan.all_groups, plan.groups)), teams = blocks * multiprocessors / slices;
+    if (teams > 0) return start(slices, teams, (limit + 1024) / blocks - 1024);  // 1 KiB a block is the system's
   }
 }
 
-// fill<L>(body, warps) with as few k-blocks a warp as K allows; false if it has too many.
-template <int LEAST, class S, int ROWS, template <class, Cell> class Body, class Fill>
-bool choose_depth(int64_t K, int64_t cell, const Fill& fill) {
-  const int64_t blocks = (K + BLOCK_K - 1) / BLOCK_K;
-  auto with = [&]<int KB>(std::integral_constant<int, KB>) {
-    using L = Layout<S, ROWS, KB>;
-    const int warps = int((blocks + KB - 1) / KB);
-    if (cell == LSTM) return fill.template operator()<L>(Body<L, LSTM>{}, warps);
-    return fill.template operator()<L>(Body<L, GRU>{}, warps);
-  };
-  if (blocks <= MAX_WARPS * LEAST) return with(std::integral_constant<int, LEAST>{});
-  if (blocks <= MAX_WARPS * 2 * LEAST) return with(std::integral_constant<int, 2 * LEAST>{});
-  if (blocks <= MAX_WARPS * 4 * LEAST) return with(std::integral_constant<int, 4 * LEAST>{});
-  if constexpr (sizeof(S) == 2)
-    if (blocks <= MAX_WARPS * 8 * LEAST) return with(std::integral_constant<int, 8 * LEAST>{});
-  return false;
+// fill<L>(kernel, body, warps) with as few k-blocks a warp as H allows; false if it has too many.
+template <class S, bool BACKWARD, int KB = !BACKWARD ? 1 : sizeof(S) == 2 ? 2 : 4, class Fill>
+bool choose_depth(int64_t H, int64_t cell, const Fill& fill) {
+  if constexpr (KB > (BACKWARD ? 16 : sizeof(S) == 2 ? 8 : 4)) {
+    return false;
+  } else {
+    const int64_t blocks = ceil_div(BACKWARD ? 4 * H : H, BLOCK_K);
+    if (blocks > MAX_WARPS * KB) return choose_depth<S, BACKWARD, 2 * KB>(H, cell, fill);
+    auto of = [&]<int CELL>(std::integral_constant<int, CELL>) {
+      return fill.template operator()<LayoutOf<S, BACKWARD, KB>>(
+          sequence_kernel<S, BACKWARD, KB, CELL>, Body<S, BACKWARD, KB, CELL>{}, int(ceil_div(blocks, KB)));
+    };
+    if (cell == LSTM) return of(std::integral_constant<int, LSTM>{});
+    return of(std::integral_constant<int, GRU>{});
+  }
 }
 
 // ---- arguments -------------------------------------------------------------------------------------------------------
 
 template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-template <class T>
 T* data(const std::optional<Tensor>& t) {
   return t ? static_cast<T*>(t->data_ptr()) : nullptr;
 }
 
-void check_contiguous(const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns, const char* name) {
-  check_device_tensor(t, 2, dtype, name);
-  check_size(t, 0, rows, name), check_size(t, 1, columns, name);
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-}
-void check_contiguous(const std::optional<Tensor>& t, ScalarType dtype, int64_t rows, int64_t columns, const char* name) {
-  if (t) check_contiguous(*t, dtype, rows, columns, name);
+void check(const std::optional<Tensor>& t, ScalarType dtype, std::initializer_list<int64_t> sizes, const char* name) {
+  if (!t) return;
+  check_device_tensor(*t, sizes.size(), dtype, name);
+  int64_t dim = 0;
+  for (const int64_t size : sizes) check_size(*t, dim++, size, name);
+  STD_TORCH_CHECK(t->is_contiguous(), name, ": expected a contiguous tensor");
 }
 
 Steps steps_of(const std::optional<Tensor>& lengths, const std::optional<Tensor>& resets,
                const std::optional<Tensor>& offsets, int64_t T, int64_t B, int64_t rows, bool reverse) {
-  auto check = [](const Tensor& t, int64_t size, const char* name) {
-    check_device_tensor(t, 1, ScalarType::Long, name);
-    check_size(t, 0, size, name);
-    STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-  };
-  if (lengths) check(*lengths, B, "lengths");
-  if (offsets) check(*offsets, T + 1, "offsets");
-  check_contiguous(resets, ScalarType::Bool, T, B, "resets");
+  STD_TORCH_CHECK(T < 1 << 24 && B < 1 << 30, "input: expected fewer steps and sequences");
+  check(lengths, ScalarType::Long, {B}, "lengths"), check(offsets, ScalarType::Long, {T + 1}, "offsets");
+  check(resets, ScalarType::Bool, {T, B}, "resets");
   STD_TORCH_CHECK(offsets || rows == T * B, "output: expected ", T * B, " rows, got ", rows);
   return {data<const int64_t>(lengths), data<const int64_t>(offsets), data<const bool>(resets), T, B, reverse};
 }
 
-// What both passes share. rows: of a group in `weights`: [groups][rows][stride].
-template <class S>
-Plan<S> plan_of(const Tensor& weights, const Tensor& exchange, const Tensor& counters, int64_t B, int64_t K) {
+template <class S, bool BACKWARD>
+Plan<S> plan_of(const Tensor& weights, const Tensor& exchange, const Tensor& counters, int64_t B, int64_t H) {
   Plan<S> plan{};
+  plan.columns = int(BACKWARD ? 4 * H : H), plan.stride = ceil_div(plan.columns, 512) * 512;
+  plan.all_groups = int(ceil_div(H, UNITS<S, BACKWARD>)), plan.all_tiles = int(ceil_div(B, 8));
   const ScalarType dtype = weights.scalar_type();
-  check_device_tensor(weights, 3, dtype, "weights");
-  check_device_tensor(exchange, 3, dtype, "exchange");
-  plan.stride = weights.size(2);
-  plan.all_groups = int(weights.size(0)), plan.all_tiles = int((B + 7) / 8);
-  STD_TORCH_CHECK(plan.stride >= round_up(K, 512), "weights: expected padding to ", round_up(K, 512), " columns");
-  check_size(exchange, 0, 2, "exchange"), check_size(exchange, 1, plan.all_tiles * 8, "exchange");
-  check_size(exchange, 2, plan.stride, "exchange");
-  check_contiguous(counters, ScalarType::Int, plan.all_tiles, 32, "counters");
-  STD_TORCH_CHECK(weights.is_contiguous() && exchange.is_contiguous(), "weights: expected contiguous tensors");
+  check(weights, dtype, {plan.all_groups, ROWS<S, BACKWARD>, plan.stride}, "weights");
+  check(exchange, dtype, {2, plan.all_tiles * 8, plan.stride}, "exchange");
+  check(counters, ScalarType::Int, {plan.all_tiles, 32}, "counters");
   plan.weights = data<const S>(weights), plan.exchange = data<S>(exchange), plan.counters = data<unsigned>(counters);
   return plan;
 }
-
-void check_groups(const Tensor& weights, int64_t H, int64_t units, int64_t rows) {
-  check_size(weights, 0, (H + units - 1) / units, "weights"), check_size(weights, 1, rows, "weights");
-}
-
-template <class S>
-constexpr int BACKWARD_ROWS = sizeof(S) == 2 ? 16 : 8;
-template <class S>
-constexpr int LEAST = sizeof(S) == 2 ? 2 : 4;  // k-blocks of a warp, backward
 
 // ---- entries ---------------------------------------------------------------------------------------------------------
 
@@ -845,14 +733,14 @@ bool rnn_fits(Tensor like, int64_t H, int64_t cell, bool backward) {
   const DeviceGuard guard(like);
   bool fits = false;
   for_device_dtype(like.scalar_type(), [&]<class S>(S) {
-    Plan<S> plan{};
-    plan.all_tiles = 1;
-    auto fit = [&]<class L, class Body>(Body body, int warps) {
-      plan.all_groups = int((H + (backward ? L::ROWS : 8) - 1) / (backward ? L::ROWS : 8));
-      return launch_steps<L>(plan, body, 0, warps, 0, 0);
+    auto of = [&]<bool BACKWARD>(std::bool_constant<BACKWARD>) {
+      Plan<S> plan{};
+      plan.all_groups = int(ceil_div(H, UNITS<S, BACKWARD>)), plan.all_tiles = 1;
+      return choose_depth<S, BACKWARD>(H, cell, [&]<class L>(auto kernel, auto body, int warps) {
+        return launch_steps<L>(kernel, plan, body, 0, warps, 0, 0);
+      });
     };
-    fits = backward ? choose_depth<LEAST<S>, S, BACKWARD_ROWS<S>, Backward>(4 * H, cell, fit)
-                    : choose_depth<1, S, 32, Forward>(H, cell, fit);
+    fits = backward ? of(std::true_type{}) : of(std::false_type{});
   });
   return fits;
 }
@@ -867,28 +755,22 @@ void rnn_forward(Tensor pre, Tensor weights, std::optional<Tensor> bias_ih, std:
   check_device_tensor(h0, 2, dtype, "h0");
   check_device_tensor(pre, 2, ScalarType::Float, "pre");
   const int64_t B = h0.size(0), H = h0.size(1), rows = pre.size(0), G = cell == LSTM ? 4 : 3;
-  check_contiguous(h0, dtype, B, H, "h0"), check_contiguous(pre, ScalarType::Float, rows, G * H, "pre");
-  check_contiguous(output, dtype, rows, H, "output"), check_contiguous(h_n, dtype, B, H, "h_n");
-  check_contiguous(state, ScalarType::Float, B, H, "state");
-  check_contiguous(gates, ScalarType::Float, rows, 4 * H, "gates");
-  check_contiguous(cells, ScalarType::Float, rows, H, "cells");
+  check(h0, dtype, {B, H}, "h0"), check(pre, ScalarType::Float, {rows, G * H}, "pre");
+  check(output, dtype, {rows, H}, "output"), check(h_n, dtype, {B, H}, "h_n");
+  check(state, ScalarType::Float, {B, H}, "state"), check(gates, ScalarType::Float, {rows, 4 * H}, "gates");
+  check(cells, ScalarType::Float, {rows, H}, "cells");
   STD_TORCH_CHECK(bias_ih.has_value() == bias_hh.has_value(), "bias_hh: expected together with bias_ih");
-  for (const auto& bias : {bias_ih, bias_hh})
-    if (bias) {
-      check_device_tensor(*bias, 1, dtype, "bias"), check_size(*bias, 0, G * H, "bias");
-      STD_TORCH_CHECK(bias->is_contiguous(), "bias: expected a contiguous tensor");
-    }
-  check_groups(weights, H, 8, 32);
+  check(bias_ih, dtype, {G * H}, "bias_ih"), check(bias_hh, dtype, {G * H}, "bias_hh");
   const DeviceGuard guard(pre);
   const Steps places = steps_of(lengths, resets, offsets, steps, B, rows, reverse);
   for_device_dtype(dtype, [&]<class S>(S) {
-    const Plan<S> plan = plan_of<S>(weights, exchange, counters, B, H);
-    const bool fits = choose_depth<1, S, 32, Forward>(H, cell, [&]<class L, class Body>(Body body, int warps) {
+    const Plan<S> plan = plan_of<S, false>(weights, exchange, counters, B, H);
+    const bool fits = choose_depth<S, false>(H, cell, [&]<class L>(auto kernel, auto body, int warps) {
       body.steps = places, body.H = H, body.pre = data<const float>(pre), body.h0 = data<const S>(h0);
       body.b_ih = data<const S>(bias_ih), body.b_hh = data<const S>(bias_hh);
       body.output = data<S>(output), body.h_n = data<S>(h_n), body.state = data<float>(state);
       body.gates = data<float>(gates), body.cells = data<float>(cells);
-      return launch_steps<L>(plan, body, steps, warps, largest_cluster, stream);
+      return launch_steps<L>(kernel, plan, body, int(steps), warps, largest_cluster, stream);
     });
     STD_TORCH_CHECK(fits, "weights: a hidden size of ", H, " does not fit on the device's chip");
   });
@@ -907,26 +789,22 @@ void rnn_backward(std::optional<Tensor> grad_output, Tensor weights, Tensor h0, 
   check_device_tensor(h0, 2, dtype, "h0");
   check_device_tensor(output, 2, dtype, "output");
   const int64_t B = h0.size(0), H = h0.size(1), rows = output.size(0);
-  check_contiguous(h0, dtype, B, H, "h0"), check_contiguous(c0, dtype, B, H, "c0");
-  check_contiguous(output, dtype, rows, H, "output"), check_contiguous(grad_output, dtype, rows, H, "grad_output");
-  check_contiguous(gates, ScalarType::Float, rows, 4 * H, "gates");
-  check_contiguous(cells, ScalarType::Float, rows, H, "cells");
-  check_contiguous(grad_h, ScalarType::Float, B, H, "grad_h"), check_contiguous(grad_c, ScalarType::Float, B, H, "grad_c");
-  check_contiguous(grad_gates, dtype, rows, 4 * H, "grad_gates");
-  check_contiguous(previous, dtype, rows, H, "previous");
+  check(h0, dtype, {B, H}, "h0"), check(c0, dtype, {B, H}, "c0");
+  check(output, dtype, {rows, H}, "output"), check(grad_output, dtype, {rows, H}, "grad_output");
+  check(gates, ScalarType::Float, {rows, 4 * H}, "gates"), check(cells, ScalarType::Float, {rows, H}, "cells");
+  check(grad_h, ScalarType::Float, {B, H}, "grad_h"), check(grad_c, ScalarType::Float, {B, H}, "grad_c");
+  check(grad_gates, dtype, {rows, 4 * H}, "grad_gates"), check(previous, dtype, {rows, H}, "previous");
   const DeviceGuard guard(output);
   const Steps places = steps_of(lengths, resets, offsets, steps, B, rows, reverse);
   for_device_dtype(dtype, [&]<class S>(S) {
-    constexpr int ROWS = BACKWARD_ROWS<S>;
-    check_groups(weights, H, ROWS, ROWS);
-    const Plan<S> plan = plan_of<S>(weights, exchange, counters, B, 4 * H);
-    const bool fits = choose_depth<LEAST<S>, S, ROWS, Backward>(4 * H, cell, [&]<class L, class Body>(Body body, int warps) {
+    const Plan<S> plan = plan_of<S, true>(weights, exchange, counters, B, H);
+    const bool fits = choose_depth<S, true>(H, cell, [&]<class L>(auto kernel, auto body, int warps) {
       body.steps = places, body.H = H, body.grad_output = data<const S>(grad_output);
       body.h0 = data<const S>(h0), body.c0 = data<const S>(c0), body.output = data<const S>(output);
       body.gates = data<const float>(gates), body.cells = data<const float>(cells);
       body.grad_h = data<float>(grad_h), body.grad_c = data<float>(grad_c);
       body.grad_gates = data<S>(grad_gates), body.previous = data<S>(previous);
-      return launch_steps<L>(plan, body, steps + 1, warps, largest_cluster, stream);
+      return launch_steps<L>(kernel, plan, body, int(steps) + 1, warps, largest_cluster, stream);
     });
     STD_TORCH_CHECK(fits, "weights: a hidden size of ", H, " does not fit on the device's chip");
   });

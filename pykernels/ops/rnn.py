@@ -19,7 +19,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import rnn_gpu
 from ..checks import can_read, expect, expect_alike, expect_device, expect_tensor, expect_type
 from ..registry import (
     FLOATS,
@@ -33,10 +33,8 @@ from ..registry import (
     torch_op,
     triton_declines,
 )
+from ..rnn_gpu import GATES, GRU, LSTM, RNN_RELU, RNN_TANH
 
-LSTM, GRU, RNN_TANH, RNN_RELU = CELLS = range(4)
-GATES = (4, 3, 1, 1)  # rows of the weights, in units of H
-SAVED = (4, 4, 0, 0)  # what backward reads of a step, in units of H: i f g o; r z n and W_hn h + b_hn; nothing
 INTEGERS = (torch.int32, torch.int64)
 _DTYPES = (torch.float64, *FLOATS)
 
@@ -109,24 +107,6 @@ def _step(cell, from_input, h, c, weight_hh, bias_hh, weight_hr):
 _PRIMALS = (0, 2, 3, 4, 5, 6, 7, 8)
 
 
-def _outputs(input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *rest):
-    cell, _, training, _ = rest[-4:]
-    lead, B, H = input.shape[:-1], h0.size(0), weight_hh.size(0) // GATES[cell]
-    step = input.dim() == 2 and batch_sizes is None
-    exact = torch.float64 if input.dtype == torch.float64 else torch.float32
-
-    def saved(width):
-        return input.new_empty(*lead, width * H, dtype=exact) if training and width else input.new_empty(0, dtype=exact)
-
-    return (
-        input.new_empty(*lead, h0.size(1)),
-        input.new_empty(0) if step else input.new_empty(h0.shape),
-        input.new_empty(B, H) if cell == LSTM else input.new_empty(0),
-        saved(SAVED[cell]),
-        saved(1 if cell == LSTM else 0),
-    )
-
-
 def _gradients(grad_output, grad_h_n, grad_c_n, *rest):
     wanted, primals = rest[-2], [rest[i] for i in _PRIMALS]
     return tuple(primals[0].new_empty(p.shape if wanted >> i & 1 else 0) for i, p in enumerate(primals))
@@ -177,201 +157,6 @@ def _double_backward(ctx, *cotangents):
     return tuple(results)
 
 
-def _from_input(rows, weight_ih, exact):
-    """W_ih x of all rows, not rounded to the input's dtype."""
-    if rows.is_cuda and exact != rows.dtype and torch.version.hip is None:
-        return torch.mm(rows, weight_ih.t(), out_dtype=exact)
-    return rows.to(exact) @ weight_ih.t().to(exact)
-
-
-def _triton(*arguments):
-    from ..kernels import rnn as kernels
-
-    input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, resets = (
-        t if t is None else t.contiguous() for t in arguments[:11]
-    )
-    cell, reverse = arguments[11:13]
-    output, h_n, c_n, gates, cells = _outputs(*arguments)
-    step = input.dim() == 2 and batch_sizes is None
-    initial = c0 if cell == LSTM else h0 if cell == GRU else None
-    if step:
-        pre, T, h, state, new_state = None, 1, h0, initial, c_n if cell == LSTM else None
-    else:
-        rows = input.flatten(0, -2)
-        pre = _from_input(rows, weight_ih, gates.dtype)
-        T = len(input) if batch_sizes is None else len(batch_sizes)
-        state = new_state = None if initial is None else initial.to(gates.dtype, copy=True)
-        h_n.copy_(h0)
-        h = h0.new_empty(len(rows) + len(h0), h0.size(1))  # output and, below it, h0: the kernel reads either
-        h[len(rows) :] = h0
-        output = h[: len(rows)].view_as(output)
-    kernels.forward(
-        *(input, pre, T, batch_sizes, h, len(h) - len(h0), weight_ih, weight_hh, bias_ih, bias_hh, weight_hr),
-        *(lengths, resets),
-        *(cell, reverse, output, None if step else h_n, state, new_state),
-        None if weight_hr is None else output.new_empty(c_n.shape),
-        gates if gates.numel() else None,
-        cells if cells.numel() else None,
-    )
-    if cell == LSTM and not step:
-        c_n.copy_(state)
-    return output, h_n, c_n, gates, cells
-
-
-def _triton_backward(*arguments):
-    from ..kernels import rnn as kernels
-
-    tensors, state, grad_gates, previous, grad_hidden = _prepare_backward(*arguments)
-    grad_output, _, _, input, batch_sizes, h0, c0, _, weight_hh, _, _, weight_hr = tensors[:12]
-    kernels.backward(
-        grad_output,
-        1 if input.dim() == 2 and batch_sizes is None else len(input) if batch_sizes is None else len(batch_sizes),
-        *(batch_sizes, h0, c0, weight_hh.t().contiguous(), None if weight_hr is None else weight_hr.t().contiguous()),
-        *(*tensors[12:], *arguments[17:19], *state, grad_gates, grad_hidden, previous),
-    )
-    return _finish_backward(tensors, arguments, state, grad_gates, previous, grad_hidden)
-
-
-def _prepare_backward(*arguments):
-    """(contiguous tensors; (dh, dc) of the final state, to become the initial one's; what the loop is to write)."""
-    tensors = [t if t is None else t.contiguous() for t in arguments[:17]]
-    _, grad_h_n, grad_c_n, input, _, h0, _, _, weight_hh, _, _, weight_hr = tensors[:12]
-    cell, _, wanted, _ = arguments[17:]
-    exact, rows, (B, P) = tensors[15].dtype, input.shape[:-1].numel(), h0.shape
-    H = weight_hh.size(0) // GATES[cell]
-
-    def state(grad, width):
-        return input.new_zeros(B, width, dtype=exact) if grad is None else grad.to(exact, copy=True)
-
-    grad_h, grad_c = state(grad_h_n, P), state(grad_c_n, H) if cell == LSTM else None
-    grad_gates = input.new_empty(rows, max(SAVED[cell], 1) * H)
-    previous = input.new_empty(rows, P) if wanted >> 4 & 1 else None
-    grad_hidden = None if weight_hr is None else input.new_empty(rows, P)
-    return tensors, (grad_h, grad_c), grad_gates, previous, grad_hidden
-
-
-def _finish_backward(tensors, arguments, state, grad_gates, previous, grad_hidden):
-    """All gradients, from what the loop left: one product each."""
-    input, weight_ih, weight_hh, lengths, gates, cells = (tensors[i] for i in (3, 7, 8, 12, 15, 16))
-    (grad_h, grad_c), (cell, _, wanted, _), exact = state, arguments[17:], gates.dtype
-    H = weight_hh.size(0) // GATES[cell]
-    rows, from_input, from_hidden = input.flatten(0, -2), grad_gates, grad_gates
-    if lengths is not None:  # padding may hold anything, and 0 · NaN is NaN
-        valid = torch.arange(len(input), device=input.device)[:, None] < lengths
-        rows = rows.masked_fill(~valid.flatten()[:, None], 0)
-    if cell == GRU:  # of n, r, z and W_hn h + b_hn
-        from_input, from_hidden = grad_gates[:, : 3 * H], grad_gates[:, H:]
-        weight_ih = weight_ih.roll(H, 0)
-
-    def in_order(grad):
-        return grad.roll(-H, 0) if cell == GRU else grad
-
-    formulas = (
-        lambda: (from_input @ weight_ih).view_as(input),
-        lambda: grad_h.to(input.dtype),
-        lambda: grad_c.to(input.dtype),
-        lambda: in_order(from_input.mT @ rows),
-        lambda: from_hidden.mT @ previous,
-        lambda: in_order(from_input.sum(0, dtype=exact)).to(input.dtype),
-        lambda: from_hidden.sum(0, dtype=exact).to(input.dtype),
-        lambda: grad_hidden.mT @ (gates.flatten(0, -2)[:, 3 * H :] * cells.flatten(0, -2).tanh()).to(input.dtype),
-    )
-    return tuple(formula() if wanted >> i & 1 else input.new_empty(0) for i, formula in enumerate(formulas))
-
-
-# ------------------------------------------------------------------------------------------------ CUDA
-
-_CLUSTER = 16  # blocks at most that exchange through their shared memories; 0: all exchange through global memory
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def _fits(device, dtype, H, cell, backward) -> bool:
-    return torch.ops.pykernels_cuda.rnn_fits(torch.empty(0, dtype=dtype, device=device), H, cell, backward)
-
-
-def _cuda_declines(input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *rest) -> str | None:
-    cell, training, H = rest[2], rest[4], h0.size(1)
-    if input.dtype not in FLOATS:
-        return "it takes fp32, bf16 and fp16"
-    if cell not in (LSTM, GRU):
-        return "it has LSTM and GRU: three of a lane's four gates would be zeros"
-    if weight_hr is not None:
-        return "it takes no weight_hr"
-    if input.dim() == 2 and batch_sizes is None:
-        return "it takes sequences: for one step, loading the weights is all there is to do"
-    if batch_sizes is not None and input.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "it copies batch_sizes to the device, which a CUDA graph would not repeat"
-    for backward in (False, True)[: 1 + training]:
-        if not _fits(input.device, input.dtype, H, cell, backward):
-            return (
-                f"H = {H}: {'the transposed' if backward else 'the'} weights do not fit on the chip of {input.device}"
-            )
-    return None
-
-
-def _sequence_in(input, batch_sizes):
-    """(T, the first row of each step and their number, on input's device, if it is packed)."""
-    if batch_sizes is None:
-        return len(input), None
-    return len(batch_sizes), torch.nn.functional.pad(batch_sizes.cumsum(0), (1, 0)).to(input.device)
-
-
-def _scratch(weights, B):
-    """(exchange, counters) for weights [groups, rows, K]."""
-    tiles = -(-B // 8)
-    counters = torch.zeros(tiles, 32, dtype=torch.int32, device=weights.device)
-    return weights.new_zeros(2, 8 * tiles, weights.size(2)), counters
-
-
-def _cuda(*arguments):
-    input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, _, lengths, resets = (
-        t if t is None else t.contiguous() for t in arguments[:11]
-    )
-    cell, reverse = arguments[11:13]
-    output, h_n, c_n, gates, cells = _outputs(*arguments)
-    rows, (B, H), (T, offsets) = input.flatten(0, -2), h0.shape, _sequence_in(input, batch_sizes)
-    state = (c0 if cell == LSTM else h0).to(gates.dtype, copy=True)
-    h_n.copy_(h0)
-    if T and B:
-        octets, G = -(-H // 8), GATES[cell]
-        weights = weight_hh.new_zeros(octets, 4, 8, -(-H // 512) * 512)
-        by_gate = torch.nn.functional.pad(weight_hh.view(G, H, H), (0, 0, 0, 8 * octets - H))
-        weights[:, :G, :, :H] = by_gate.view(G, octets, 8, H).transpose(0, 1)
-        weights = weights.flatten(1, 2)
-        native.cuda(
-            "rnn_forward",
-            *(_from_input(rows, weight_ih, gates.dtype), weights, bias_ih, bias_hh, h0, lengths, resets, offsets),
-            *(output.flatten(0, -2), h_n, state),
-            *(t.flatten(0, -2) if t.numel() else None for t in (gates, cells)),
-            *(*_scratch(weights, B), T, cell, reverse, _CLUSTER),
-        )
-    if cell == LSTM:
-        c_n.copy_(state)
-    return output, h_n, c_n, gates, cells
-
-
-def _cuda_backward(*arguments):
-    tensors, state, grad_gates, previous, _ = _prepare_backward(*arguments)
-    grad_output, _, _, input, batch_sizes, h0, c0, _, weight_hh, _, _, _, lengths, resets, output, gates, cells = (
-        tensors
-    )
-    cell, reverse = arguments[17:19]
-    (B, H), (T, offsets), lstm = h0.shape, _sequence_in(input, batch_sizes), cell == LSTM
-    if T and B:
-        rows, G = 16 if weight_hh.itemsize == 2 else 8, GATES[cell]
-        weights = weight_hh.new_zeros(-(-H // rows) * rows, -(-4 * H // 512) * 512)
-        weights[:H].unflatten(1, (-1, 4))[:, :H, :G] = weight_hh.view(G, H, H).permute(2, 1, 0)
-        weights = weights.unflatten(0, (-1, rows))
-        native.cuda(
-            "rnn_backward",
-            *(None if grad_output is None else grad_output.flatten(0, -2), weights, h0, c0, lengths, resets, offsets),
-            *(output.flatten(0, -2), gates.flatten(0, -2), cells.flatten(0, -2) if lstm else None),
-            *(*state, grad_gates, previous, *_scratch(weights, B), T, cell, reverse, _CLUSTER),
-        )
-    return _finish_backward(tensors, arguments, state, grad_gates, previous, None)
-
-
 # ------------------------------------------------------------------------------------------------ definitions
 
 _TENSORS = (
@@ -384,15 +169,15 @@ _rnn_backward_op = torch_op(
     "Tensor cells, int cell, bool reverse, int wanted, int backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_gradients,
-    implementations={"triton": _triton_backward, "cuda": _cuda_backward},
+    implementations={"triton": rnn_gpu.triton_backward, "cuda": rnn_gpu.cuda_backward},
     setup_context=_save_backward,
     backward=_double_backward,
 )
 
 _rnn_op = torch_op(
     f"rnn({_TENSORS}, int cell, bool reverse, bool training, int backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_outputs,
-    implementations={"triton": _triton, "cuda": _cuda},
+    fake=rnn_gpu.outputs,
+    implementations={"triton": rnn_gpu.triton, "cuda": rnn_gpu.cuda},
     setup_context=_save,
     backward=_backward,
 )
@@ -718,7 +503,7 @@ def _check_batch_sizes(batch_sizes, input, B) -> None:
 
 def _layer(
     gates, T, B, I, H, *, P=None, bias=True, state=True, lengths=None, resets=None, packed=None, order="tbi", size=1.0,
-    **options,
+    step=False, **options,
 ):  # fmt: skip
     """make(dtype, device) for a sequence. resets: their probability; packed: lengths, descending; size: of input."""
 
@@ -746,18 +531,9 @@ def _layer(
         if packed is not None:
             inputs["batch_sizes"] = (torch.arange(T)[:, None] < torch.tensor(packed)).sum(1)
             inputs["input"] = size * torch.randn(sum(packed), I, dtype=dtype, device=device)
+        if step:
+            inputs["input"] = inputs["input"][0]
         return inputs | options
-
-    return make
-
-
-def _cell(gates, B, I, H, **options):
-    """make(dtype, device) for a step."""
-    layer = _layer(gates, 1, B, I, H, **options)
-
-    def make(dtype, device):
-        inputs = layer(dtype, device)
-        return inputs | dict(input=inputs["input"][0])
 
     return make
 
@@ -783,9 +559,8 @@ _FEW = 4.0  # where a result is one number, eager's error is a matter of luck
 _LARGE = 4.0  # an argument of hundreds rounds by so many units of what its exponential is
 
 
-def _samples(name, op):
-    """Of `name`, with op(T, B, I, H, …) its maker."""
-    lstm = name == "lstm"
+def _samples(op):
+    """Of op(T, B, I, H, …), the maker of a cell's arguments."""
     return [
         Sample("plain", op(5, 3, 7, 8)),
         Sample("odd sizes", op(6, 5, 3, 19)),
@@ -794,6 +569,7 @@ def _samples(name, op):
         Sample("one sequence", op(8 if INTERPRET else 40, 1, 20, 48)),
         Sample("one sequence, wide", op(4 if INTERPRET else 12, 1, 100, 200)),
         Sample("several tiles", op(4 if INTERPRET else 12, 18, 33, 70)),
+        Sample("wide, two tiles", op(2, 9, 10, 40 if INTERPRET else 300)),
         Sample("many sequences", op(3, 70, 40, 33)),
         Sample("long", op(20 if INTERPRET else 100, 2, 8, 24)),
         Sample("wide input, few steps", op(2, 2, 130, 10)),
@@ -810,20 +586,19 @@ def _samples(name, op):
         Sample("no steps", op(0, 3, 5, 6)),
         Sample("no sequences", op(4, 0, 5, 6)),
         Sample("no features", op(4, 3, 0, 6)),
-        *[
-            Sample(label, op(*sizes, **options))
-            for label, sizes, options in (
-                ("projection", (6, 4, 7, 20), dict(P=9)),
-                ("projection, one sequence", (9, 1, 7, 40), dict(P=33, reverse=True)),
-                ("projection, lengths, resets", (6, 4, 7, 20), dict(P=5, lengths=(6, 0, 2, 5), resets=0.3)),
-                ("projection, packed", (4, 3, 7, 20), dict(P=5, packed=(4, 3, 1), bias=False)),
-            )
-            if lstm
-        ],
     ]
 
 
-def _step_samples(name, op):
+def _projected_samples(op):
+    return [
+        Sample("projection", op(6, 4, 7, 20, P=9)),
+        Sample("projection, one sequence", op(9, 1, 7, 40, P=33, reverse=True)),
+        Sample("projection, lengths, resets", op(6, 4, 7, 20, P=5, lengths=(6, 0, 2, 5), resets=0.3)),
+        Sample("projection, packed", op(4, 3, 7, 20, P=5, packed=(4, 3, 1), bias=False)),
+    ]
+
+
+def _step_samples(op):
     return [
         Sample("plain", op(3, 7, 8)),
         Sample("one", op(1, 1, 1), _FEW),
@@ -833,33 +608,20 @@ def _step_samples(name, op):
         Sample("no bias", op(4, 5, 17, bias=False)),
         Sample("saturated", op(4, 6, 20, size=300.0), _LARGE),
         Sample("no sequences", op(0, 5, 6)),
-        *([Sample("projection", op(5, 7, 20, P=9))] if name == "lstm" else []),
     ]
-
-
-def _of(gates, maker, **fixed):
-    return lambda *sizes, **options: maker(gates, *sizes, **fixed, **options)
-
-
-def _square(B, T, H):
-    return f"B{B} T{T} H{H}", (T, B, H, H)
 
 
 _ragged = tuple(sorted((17 * i % 97 + 4 for i in range(32)), reverse=True))  # 32 sequences of 4 to 100 steps
 _sizes = [(1, 256, 128), (1, 256, 256), (1, 128, 1024), (4, 128, 512), (16, 128, 512), (64, 64, 256)]
 
 
-def _workloads(op, sizes, quick, trained, packed_width):
-    for case in sizes:
-        label, shape = _square(*case)
-        yield _job(label, op(*shape), quick=case in quick)
-    for case in trained:
-        label, shape = _square(*case)
-        yield _job(label, op(*shape), train=True, quick=case in quick)
+def _workloads(op, sizes):
     for train in (False, True):
-        shape = (max(_ragged), len(_ragged), packed_width, packed_width)
-        label = f"32 packed of {min(_ragged)}–{max(_ragged)} H{packed_width}"
-        yield _job(label, op(*shape, packed=_ragged), train=train, quick=True)
+        for B, T, H in sizes:
+            yield _job(f"B{B} T{T} H{H}", op(T, B, H, H), train=train, quick=True)
+    for train in (False, True):
+        label, make = f"32 packed of {min(_ragged)}–{max(_ragged)} H256", op(max(_ragged), 32, 256, 256, packed=_ragged)
+        yield _job(label, make, train=train, quick=True)
 
 
 def _step_workloads(op):
@@ -867,56 +629,52 @@ def _step_workloads(op):
         yield _job(f"B{B} H{H}", op(B, H, H), quick=H == 256)
 
 
-_common = dict(kernel=_rnn_op, reference=reference, supports={"cpu": lambda *_: None, "triton": triton_declines})
-_with_cuda = _common | dict(supports=_common["supports"] | {"cuda": _cuda_declines})
-_inputs = ("input", "hx", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-_few = _sizes[1:2] + _sizes[4:5]
-lstm = register(
-    _lstm,
-    **_with_cuda,
-    samples=_samples("lstm", _of(4, _layer)),
-    workloads=_workloads(_of(4, _layer), _sizes, _sizes, _sizes, 256),
-    differentiable=(*_inputs, "weight_hr"),
-)
-gru = register(
-    _gru,
-    **_with_cuda,
-    samples=_samples("gru", _of(3, _layer)),
-    workloads=_workloads(_of(3, _layer), _few, _few, _few, 256),
-    differentiable=_inputs,
-)
-rnn = register(
-    _rnn,
-    **_common,
-    samples=[
-        *_samples("rnn", _of(1, _layer)),
-        Sample("relu", _of(1, _layer)(6, 4, 7, 20, nonlinearity="relu")),
-        Sample(
-            "relu, resets, lengths", _of(1, _layer)(6, 3, 7, 20, nonlinearity="relu", resets=0.3, lengths=(6, 0, 4))
+def _declare(function, cell, samples, workloads, supports=None):
+    return register(
+        function,
+        kernel=_rnn_op,
+        reference=reference,
+        supports={"cpu": lambda *_: None, "triton": triton_declines} | (supports or {}),
+        samples=samples,
+        workloads=workloads,
+        differentiable=(
+            "input",
+            "hx",
+            "weight_ih",
+            "weight_hh",
+            "bias_ih",
+            "bias_hh",
+            *(["weight_hr"] if cell == LSTM else []),
         ),
+    )
+
+
+_on_cuda = {"cuda": rnn_gpu.cuda_declines}
+_lstms, _grus, _rnns = (functools.partial(_layer, GATES[cell]) for cell in (LSTM, GRU, RNN_TANH))
+_lstm_steps, _gru_steps, _rnn_steps = (functools.partial(op, 1, step=True) for op in (_lstms, _grus, _rnns))
+
+lstm = _declare(_lstm, LSTM, [*_samples(_lstms), *_projected_samples(_lstms)], _workloads(_lstms, _sizes), _on_cuda)
+gru = _declare(_gru, GRU, _samples(_grus), _workloads(_grus, _sizes[1:2] + _sizes[4:5]), _on_cuda)
+rnn = _declare(
+    _rnn,
+    RNN_TANH,
+    [
+        *_samples(_rnns),
+        Sample("relu", _rnns(6, 4, 7, 20, nonlinearity="relu")),
+        Sample("relu, resets, lengths", _rnns(6, 3, 7, 20, nonlinearity="relu", resets=0.3, lengths=(6, 0, 4))),
     ],
-    workloads=[_job("B1 T256 H256", _of(1, _layer)(256, 1, 256, 256), quick=True)],
-    differentiable=_inputs,
+    [_job("B1 T256 H256", _rnns(256, 1, 256, 256), quick=True)],
 )
-lstm_step = register(
+lstm_step = _declare(
     _lstm_step,
-    **_common,
-    samples=_step_samples("lstm", _of(4, _cell)),
-    workloads=_step_workloads(_of(4, _cell)),
-    differentiable=(*_inputs, "weight_hr"),
+    LSTM,
+    [*_step_samples(_lstm_steps), Sample("projection", _lstm_steps(5, 7, 20, P=9))],
+    _step_workloads(_lstm_steps),
 )
-gru_step = register(
-    _gru_step,
-    **_common,
-    samples=_step_samples("gru", _of(3, _cell)),
-    workloads=_step_workloads(_of(3, _cell)),
-    differentiable=_inputs,
-)
-rnn_step = register(
+gru_step = _declare(_gru_step, GRU, _step_samples(_gru_steps), _step_workloads(_gru_steps))
+rnn_step = _declare(
     _rnn_step,
-    **_common,
-    samples=[*_step_samples("rnn", _of(1, _cell)), Sample("relu", _of(1, _cell)(4, 7, 20, nonlinearity="relu"))],
-    workloads=_step_workloads(_of(1, _cell)),
-    differentiable=_inputs,
+    RNN_TANH,
+    [*_step_samples(_rnn_steps), Sample("relu", _rnn_steps(4, 7, 20, nonlinearity="relu"))],
+    _step_workloads(_rnn_steps),
 )

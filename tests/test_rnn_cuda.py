@@ -1,0 +1,67 @@
+"""LSTM's and GRU's CUDA kernels, compiled for the CPU: both ways to exchange h, and what other devices make them do."""
+
+import pytest
+import torch
+from cuda_host import build, host
+
+from pykernels import rnn_gpu
+from pykernels.check import compare, compare_sample
+from pykernels.ops import rnn
+from pykernels.registry import OPS, Sample
+
+REASON = build.missing() if host.MODE else "the CUDA kernels run on the CPU by tests/cuda_host/run.py"
+
+pytestmark = [pytest.mark.cuda_host, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GATES = {"lstm": 4, "gru": 3}
+
+
+@pytest.fixture
+def become():
+    """become(multiprocessors, compute capability): the device that launches go to, until the test is over."""
+
+    def become(multiprocessors, capability):
+        host.load().cuda_host_device(multiprocessors, capability)
+        rnn_gpu._fits.cache_clear()
+
+    yield become
+    become(8, 90)
+
+
+def holds(results):
+    assert all(result.ok for result in results), [*map(str, results)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "sample"),
+    [pytest.param(n, s, id=f"{n}-{s}") for n in GATES for s in OPS[n].samples if "projection" not in s.label],
+)
+def test_exchange_through_global_memory(become, name, sample, dtype):
+    become(8, 80)
+    host.set_order(f"random:{torch.initial_seed()}")
+    holds(compare_sample(OPS[name], sample, DTYPES[dtype], "cpu", "cuda"))
+
+
+# T, B, I, H; the device; what they need on it, and no sample does
+WIDE = [
+    ("lstm", (2, 9, 3, 520), "fp32", (132, 80), "4 and 16 k-blocks a warp"),
+    ("gru", (3, 9, 3, 520), "bf16", (132, 80), "4 and 16 k-blocks a warp"),
+    ("lstm", (2, 3, 3, 390), "fp32", (16, 90), "a cluster of 16"),
+    ("lstm", (2, 150, 3, 70), "fp32", (1, 80), "more tiles than a pass has room for"),
+    ("lstm", (2, 41, 3, 200), "bf16", (1, 90), "two passes of several tiles"),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes", "dtype", "device"), [case[:4] for case in WIDE], ids=[c[4] for c in WIDE])
+def test_other_devices(become, name, sizes, dtype, device):
+    become(*device)
+    host.set_order(f"random:{torch.initial_seed()}")
+    holds(compare_sample(OPS[name], Sample("wide", rnn._layer(GATES[name], *sizes)), DTYPES[dtype], "cpu", "cuda"))
+
+
+def test_widest(become):
+    """What only forward has room for: 8 k-blocks a warp."""
+    become(132, 80)
+    holds(compare(OPS["gru"], rnn._layer(GATES["gru"], 2, 3, 3, 1030)(torch.bfloat16, "cpu"), "cuda", backward=False))
