@@ -182,7 +182,7 @@ def measure(listing: Listing, facts: Facts, gpu: Gpu, intensity: float | None) -
     by_fma = bool(dots) if tiles is not None else bool(whole.vector_flops)
     # A CUDA kernel's unrolled loop may hold the one of its remainder: there a loop is what is in no loop within it.
     bodies = found if tiles is not None else [(own, counts_of(own)) for own in (_own(p, nests) for p in nests)]
-    hot, in_loop = _hottest(bodies, whole, by_fma)
+    innermost, (hot, in_loop) = _hottest(found, whole, by_fma)[0], _hottest(bodies, whole, by_fma)
     if tiles is None:  # the source does not tell what its work is: what takes longer
         by_fma = hot.vector_flops / (2 * gpu.fma) >= hot.global_bytes / gpu.dram
 
@@ -227,7 +227,8 @@ def measure(listing: Listing, facts: Facts, gpu: Gpu, intensity: float | None) -
         share=round(model.overlapped * useful, 3),
         serial=round(model.serial * useful, 3),
         failures=[
-            *_failures(facts, gpu, whole, inner, hot),
+            # Copies are asked for in innermost loops: one over steps, with loops in it, waits for other blocks anyway.
+            *_failures(facts, gpu, whole, inner, innermost),
             *(_narrow_loads(facts, gpu, inner) if tiles is not None else _narrow_loops(code, found)),
         ],
     )
