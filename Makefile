@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: bench test audit check lint format clean
+.PHONY: bench test audit check gpu lint format clean
 
 bench: $(INSTALLED)  ## our ops against their peers on this machine: tables, JSON and plots in bench-results/
 	$(BIN)/python -m pykernels bench $(if $(FULL),,--quick) --json bench-results/bench.json --plot bench-results
@@ -12,13 +12,16 @@ bench: $(INSTALLED)  ## our ops against their peers on this machine: tables, JSO
 test: $(INSTALLED)  ## everything; Triton's interpreter and CUDA kernels on the CPU in processes of their own
 	$(BIN)/python -m pytest tests -n 2
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_attention.py -n 2
-	$(BIN)/python tests/cuda_host/run.py tests/test_ops.py -n 2
+	$(BIN)/python tests/cuda_host/run.py tests -n 2
 
 audit: $(INSTALLED)  ## compile every GPU kernel for every target and judge the result; needs no GPU
 	$(BIN)/python -m pykernels audit --baseline tests/audit_baseline.tsv --json bench-results/audit.json
 
 check: $(INSTALLED)  ## every op on every backend against its fp64 reference
 	$(BIN)/python -m pykernels check
+
+gpu: $(INSTALLED)  ## for whoever has one: self-test, check, bench and the audit's predictions, into one file
+	$(BIN)/python -m pykernels gpu $(if $(FULL),--full) --json bench-results/gpu.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """pykernels: fused kernels for recurrent and memory-augmented networks, as PyTorch ops."""
 
 from . import native, nn, ops, reference
+from .first_use import verify_on_first_use
 from .ops.wkv4 import log_decay
 from .registry import OPS, available_backends, list_ops, use_backend
 
@@ -11,4 +12,14 @@ native.load()  # so that torch.ops.pykernels has its CPU kernels from here on
 for _op in OPS.values():
     globals()[_op.name] = _op.function
 
-__all__ = ["available_backends", "list_ops", "log_decay", "nn", "ops", "reference", "use_backend", *OPS]
+__all__ = [
+    "available_backends",
+    "list_ops",
+    "log_decay",
+    "nn",
+    "ops",
+    "reference",
+    "use_backend",
+    "verify_on_first_use",
+    *OPS,
+]

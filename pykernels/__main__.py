@@ -1,4 +1,4 @@
-"""The command line: python -m pykernels doctor | check | bench | audit (also installed as `pykernels`)."""
+"""The command line: python -m pykernels doctor | check | bench | audit | gpu (also installed as `pykernels`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ COMMANDS = {
     "check": ("pykernels.check", "every kernel against its fp64 reference, forward and backward"),
     "bench": ("pykernels.bench.run", "time the ops against eager PyTorch, torch.compile and their peers"),
     "audit": ("pykernels.audit", "compile the GPU kernels for every target and inspect what comes out; needs no GPU"),
+    "gpu": ("pykernels.gpu", "all of these on a GPU, with the audit's predictions beside, into one JSON file"),
 }
 
 

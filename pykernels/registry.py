@@ -153,6 +153,7 @@ def _may_need_gradient(arguments: tuple) -> bool:
 # ------------------------------------------------------------------------------------------------ backends
 
 _override = AUTO
+verify: Callable[[str, int, tuple], str | None] | None = None  # first_use.py's, where the user asked for it
 
 
 class use_backend:
@@ -211,7 +212,8 @@ def decline(name: str, backend: int, device_type: str, arguments: tuple) -> str 
     supports = OPS[name].supports.get(BACKENDS[backend])
     if supports is None:
         return f"{name} has no {BACKENDS[backend]} kernel"
-    return unavailable(backend, device_type) or supports(*arguments)
+    reason = unavailable(backend, device_type) or supports(*arguments)
+    return verify(name, backend, arguments) if reason is None and verify else reason
 
 
 def choose(name: str, device: torch.device, arguments: tuple) -> int:
@@ -264,7 +266,7 @@ def torch_op(
 
     def run(*args):  # an op whose backward has no CUDA kernel, or only where it is not faster, goes on in Triton
         named = BACKENDS[args[-1]]
-        return implementations[named if named in implementations else "triton"](*args)
+        return on_own_device(implementations[named if named in implementations else "triton"], args)
 
     if implementations:
         _library.impl(name, run, "CUDA")
@@ -272,6 +274,15 @@ def torch_op(
             _share_cpu_key(name, run)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.pykernels, name).default
+
+
+def on_own_device(implementation: Callable, args: tuple):
+    """implementation(*args) with the tensors' GPU as the current one, on which Triton launches wherever they are."""
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return implementation(*args)
+    with torch.cuda.device(device):
+        return implementation(*args)
 
 
 def _share_cpu_key(name: str, run: Callable) -> None:

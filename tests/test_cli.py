@@ -97,7 +97,7 @@ def test_doctor(capsys):
     assert "attention" in printed
 
 
-@pytest.mark.parametrize("command", ["doctor", "check", "bench", "audit"])
+@pytest.mark.parametrize("command", ["doctor", "check", "bench", "audit", "gpu"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

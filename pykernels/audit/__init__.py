@@ -98,6 +98,7 @@ def _record_all(
             for launch in record(op, sample, dtype, targets):
                 first = launches.setdefault((op.name, launch.key), launch)
                 first.intensity = launch.intensity if first.intensity is None else first.intensity
+                first.backward = first.backward and launch.backward
                 if sample.label not in first.inputs:
                     first.inputs.append(sample.label)
         except BackendDeclined:

@@ -39,6 +39,7 @@ class Row:
     dtype: str
     settings: dict[str, Any]
     inputs: list[str]
+    backward: bool = False  # only the gradient launches it
     warps: int = 0
     stages: int = 0
     registers: int = 0
@@ -116,7 +117,7 @@ def blank(launch: Launch) -> Row:
     """The row of a launch of which nothing is known yet."""
     gpu, stages = GPUS[launch.target], launch.options.get("num_stages", 0)
     row = Row(launch.op, launch.kernel, launch.target, gpu.name, launch.dtype, launch.settings, launch.inputs)
-    return dataclasses.replace(row, stages=stages, shared_limit=gpu.shared)
+    return dataclasses.replace(row, backward=launch.backward, stages=stages, shared_limit=gpu.shared)
 
 
 # ------------------------------------------------------------------------------------------------ facts

@@ -36,6 +36,7 @@ class Launch:
     dtype: str = ""
     inputs: list[str] = field(default_factory=list)  # labels of the samples that reach it
     intensity: float | None = None  # FLOPs a byte of the first of them, if it is a workload
+    backward: bool = False  # only the gradient launches it
 
     @property
     def key(self) -> str:
@@ -149,9 +150,11 @@ def record(op: registry.Op, sample: registry.Sample, dtype: torch.dtype, targets
             stack.enter_context(registry.use_backend("triton"))
             stack.enter_context(_TritonOnAnyDevice())
             results = [t for t in tree_leaves(op.function(**inputs)) if t.requires_grad]
+            forward = len(launches)
             if results:
                 torch.autograd.grad(results, leaves, [torch.empty_like(t) for t in results], allow_unused=True)
-        for launch in launches:
+        for place, launch in enumerate(launches):
+            launch.backward = place >= forward
             launch.op, launch.dtype = op.name, str(dtype).removeprefix("torch.")
             launch.inputs, launch.intensity = [sample.label], intensity
         noted += launches
