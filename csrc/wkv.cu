@@ -14,7 +14,7 @@ namespace {
 
 constexpr int RING = 3;  // groups on their way or in use
 
-// ---- a sequence ------------------------------------------------------------------------------------------------------
+// ---- a sequence ----------------------------------------------------------------------------------------------------
 
 template <class Storage>
 struct Sequence {
@@ -30,8 +30,10 @@ struct Sequence {
 };
 
 // Reversed, the step is G ← diag(d) G + r gᵀ (RWKV-6), G += r gᵀ, G ← diag(d) G + a (bᵀ G) (RWKV-7).
+// audit: sequence: dynamic shared 32 * ((3 + 2 * SEVEN - REVERSE) * KB + 1) + 8192 * size * COLUMNS // KB +
+//   3 * (32 * KB + 8 * size * ((2 + 2 * SEVEN - REVERSE) * KB + 1024 * COLUMNS // KB)): rows of a group, y, the ring
 template <class Storage, int KB, int COLUMNS, bool SEVEN, bool REVERSE>
-__global__ void __launch_bounds__(THREADS) sequence(const Sequence<Storage> a) {
+__global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 4 : 6) sequence(const Sequence<Storage> a) {
   using Columns = Tile<KB, COLUMNS>;
   constexpr int KINDS = COUNT<SEVEN> - REVERSE, LAST = KINDS - 1;  // rows of a step; LAST: reversed there is no reader
   constexpr int NARROW = GROUP * (LAST * KB + Columns::BLOCK);     // numbers in Storage that a group has
@@ -75,7 +77,9 @@ __global__ void __launch_bounds__(THREADS) sequence(const Sequence<Storage> a) {
     for (int i = threadIdx.x; i < GROUP * QUADS; i += THREADS) {
       const int row = i / QUADS;
       Quad* const to = reinterpret_cast<Quad*>(ready + row * KINDS * KB) + i % QUADS;
-      auto quad = [&](int kind) { return to_floats(reinterpret_cast<const Pack<Storage, 4>*>(from)[kind * GROUP * QUADS + i]); };
+      auto quad = [&](int kind) {
+        return to_floats(reinterpret_cast<const Pack<Storage, 4>*>(from)[kind * GROUP * QUADS + i]);
+      };
       const Quad k = scaled(quad(0), REVERSE ? a.scale : 1);
       to[KEY * QUADS] = k;
       to[DECAY * QUADS] = decays(reinterpret_cast<const Quad*>(rates + n % RING * GROUP * KB)[i]);
@@ -120,6 +124,7 @@ __global__ void __launch_bounds__(THREADS) sequence(const Sequence<Storage> a) {
     if (a.saved && (REVERSE ? (t + GROUP) % SAVED == 0 || t + GROUP >= a.T : t % SAVED == 0))
       own.store(S, a.saved + (t / SAVED * a.heads + head.index) * area, a.K, a.V, column, a.even);
     __syncthreads();
+    if (column - own.first >= a.V) continue;  // the warp has no column
     const Storage* const values = narrow + n % RING * NARROW + GROUP * LAST * KB + mine;
 #pragma unroll 2
     for (int step = 0; step < count; ++step) {
@@ -155,7 +160,8 @@ __global__ void __launch_bounds__(THREADS) sequence(const Sequence<Storage> a) {
       }
       if constexpr (!REVERSE) {
         const float sum = own.share_columns(y);
-        if (own.tells()) results[i * Columns::BLOCK + own.warp * Columns::WIDTH + own.shared_column()] = static_cast<Storage>(sum);
+        Storage* const to = results + i * Columns::BLOCK + own.warp * Columns::WIDTH;
+        if (own.tells()) to[own.shared_column()] = static_cast<Storage>(sum);
       }
     }
   }
@@ -166,7 +172,7 @@ __global__ void __launch_bounds__(THREADS) sequence(const Sequence<Storage> a) {
   if (a.final) own.store(S, a.final + head.index * area, a.K, a.V, column, a.even);
 }
 
-// ---- entries ---------------------------------------------------------------------------------------------------------
+// ---- entries -------------------------------------------------------------------------------------------------------
 
 template <int KB, int COLUMNS, bool SEVEN, bool REVERSE, class Storage>
 void run_sequence(Sequence<Storage> a, int64_t stream) {

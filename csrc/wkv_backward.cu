@@ -35,11 +35,13 @@ struct Slots {
   static constexpr int KINDS = COUNT<SEVEN>;
   static constexpr int SIZE = std::max(LANES * ROWS * PAIR, KINDS * KB);  // S before a step, or a step's sums
   static constexpr int VALUES = SEVEN ? 3 : 2;                            // v, g and (RWKV-7) s of a step
-  static constexpr size_t BYTES = sizeof(float) * GROUP * (KINDS * KB + 1 + WARPS + VALUES * Tile<KB, PAIR>::BLOCK + WARPS * SIZE);
+  static constexpr int NUMBERS = GROUP * (KINDS * KB + 1 + WARPS + VALUES * Tile<KB, PAIR>::BLOCK + WARPS * SIZE) + KB;
 };
 
+// audit: gradients: dynamic shared 32 * ((3 + 2 * SEVEN) * KB + 5 + (2 + SEVEN) * 2048 // KB +
+//   4 * (512 + 128 * SEVEN * (KB // 128))) + 4 * KB: rows of a group, its v, g and s, u, S before each step
 template <class Storage, int KB, bool SEVEN>
-__global__ void __launch_bounds__(THREADS) gradients(const Gradients<Storage> a) {
+__global__ void __launch_bounds__(THREADS, 2) gradients(const Gradients<Storage> a) {
   using Columns = Tile<KB, PAIR>;
   using Slot = Slots<KB, SEVEN>;
   constexpr int KINDS = COUNT<SEVEN>, LAST = READER<SEVEN>, QUADS = KB / 4, WIDTH = Columns::WIDTH;
@@ -48,11 +50,13 @@ __global__ void __launch_bounds__(THREADS) gradients(const Gradients<Storage> a)
   const Columns own;
   const int64_t area = int64_t(a.K) * a.V;
 
-  float* const rows = reinterpret_cast<float*>(dynamic_shared());            // [GROUP][KINDS][KB]
-  float* const present = rows + GROUP * KINDS * KB;                          // [GROUP], r·(u∘k)
-  float* const bonus = present + GROUP;                                      // [WARPS][GROUP], v·g of a warp's columns
-  float* const values = bonus + (WARPS + own.warp * Slot::VALUES * WIDTH) * GROUP;  // the warp's [GROUP][v, g, s][WIDTH]
-  float* const slots = bonus + (WARPS + Slot::VALUES * Columns::BLOCK) * GROUP;     // [GROUP][WARPS][SIZE]
+  float* const rows = reinterpret_cast<float*>(dynamic_shared());  // [GROUP][KINDS][KB]
+  float* const present = rows + GROUP * KINDS * KB;                // [GROUP], r·(u∘k)
+  float* const bonus = present + GROUP;                            // [WARPS][GROUP], v·g of a warp's columns
+  float* const u = bonus + WARPS * GROUP;                          // [KB]
+  float* const slots = u + KB;                                     // [GROUP][WARPS][SIZE]
+  float* const values = slots + (GROUP * WARPS * Slot::SIZE + own.warp * GROUP * Slot::VALUES * WIDTH);
+  // values: the warp's [GROUP][v, g, s][WIDTH]
   auto slot = [&](int i, int warp) { return slots + (i * WARPS + warp) * Slot::SIZE; };
 
   for (int64_t item = blockIdx.x; item < a.items; item += gridDim.x) {
@@ -61,6 +65,9 @@ __global__ void __launch_bounds__(THREADS) gradients(const Gradients<Storage> a)
     const int start = int(chunk) * SAVED, groups = (min(SAVED, a.T - start) + GROUP - 1) / GROUP;
     auto row_of = [&](int t) { return (head.b * int64_t(a.T) + t) * a.H + head.h; };
     float grad_u = 0;
+    __syncthreads();
+    const int mine = threadIdx.x;  // of K
+    if (!SEVEN && mine < KB) u[mine] = mine < a.K ? a.u[int64_t(head.h) * a.K + mine] : 0;
 
     for (int n = 0; n < 2 * groups - 1; ++n) {
       const bool back = n >= groups - 1;
@@ -77,8 +84,7 @@ __global__ void __launch_bounds__(THREADS) gradients(const Gradients<Storage> a)
           to[FIRST * QUADS] = first_row;
           to[SECOND * QUADS] = second;
         } else {
-          const Quad u = load_quad(a.u + int64_t(head.h) * a.K, x, a.K, false);
-          const float sum = sum_over<QUADS>(product(r, u, k));
+          const float sum = sum_over<QUADS>(product(r, *reinterpret_cast<const Quad*>(u + x), k));
           if (x == 0) present[row] = sum;
         }
         to[KEY * QUADS] = k;
@@ -97,25 +103,32 @@ __global__ void __launch_bounds__(THREADS) gradients(const Gradients<Storage> a)
           return kept + ((blockIdx.x * int64_t(SAVED / GROUP - 1) + group - 1) * a.passes + pass) * HELD * THREADS;
         };
         if (begin < a.V) {
-          // v and g, and what this pass adds to v·g
+          // v and g, and what this pass adds to v·g (of which only the way back will read)
           __syncwarp();
-          for (int i = own.lane; i < GROUP * WIDTH; i += LANES) {
-            const int row = i / WIDTH, x = i % WIDTH;
-            const bool inside = row < count && begin + x < a.V;
-            auto value = [&](const Rows<Storage>& from) {
-              return inside && from.given ? static_cast<float>(from.at(head.b, head.h, first + row)[begin + x]) : 0.f;
-            };
-            const float v = value(a.v), g = back ? a.scale * value(a.grad_y) : 0;
-            values[row * Slot::VALUES * WIDTH + x] = v;
-            values[(row * Slot::VALUES + 1) * WIDTH + x] = g;
-            if constexpr (!SEVEN) {
-              const float sum = sum_over<WIDTH>(v * g);
-              if (x == 0) bonus[own.warp * GROUP + row] += sum;
-            }
+          constexpr int PIECES = WIDTH / 4;
+#pragma unroll
+          for (int i = own.lane; i < 2 * GROUP * PIECES; i += LANES) {
+            const int row = i / PIECES % GROUP, x = i % PIECES * 4, kind = i / (GROUP * PIECES);
+            const Rows<Storage>& from = kind ? a.grad_y : a.v;
+            const Quad quad = load_quad(from.at(head.b, head.h, first + row), begin + x,
+                                        row < count && from.given ? a.V : 0, a.aligned);
+            Quad* const to = reinterpret_cast<Quad*>(values + (row * Slot::VALUES + kind) * WIDTH + x);
+            *to = scaled(quad, kind ? a.scale : 1);
           }
           __syncwarp();
+          if (!SEVEN && own.lane < GROUP) {
+            const float* const pair = values + own.lane * Slot::VALUES * WIDTH;
+            float sum = 0;
+#pragma unroll
+            for (int x = 0; x < WIDTH; ++x) sum += pair[x] * pair[WIDTH + x];
+            bonus[own.warp * GROUP + own.lane] += sum;
+          }
+          using Pair = Pack<float, PAIR>;
+          auto pair_of = [&](int i, int kind) {
+            return reinterpret_cast<Pair*>(values + (i * Slot::VALUES + kind) * WIDTH + own.first);
+          };
           auto value = [&](float (&x)[PAIR], int i, int kind) {
-            const auto pair = *reinterpret_cast<const Pack<float, PAIR>*>(values + (i * Slot::VALUES + kind) * WIDTH + own.first);
+            const Pair pair = *pair_of(i, kind);
             x[0] = pair.of[0], x[1] = pair.of[1];
           };
 
@@ -123,7 +136,8 @@ __global__ void __launch_bounds__(THREADS) gradients(const Gradients<Storage> a)
           float S[ROWS][PAIR];
           auto hold = [&](Quad* to, int stride) {
 #pragma unroll
-            for (int q = 0; q < HELD; ++q) to[q * stride] = {S[2 * q][0], S[2 * q][1], S[2 * q + 1][0], S[2 * q + 1][1]};
+            for (int q = 0; q < HELD; ++q)
+              to[q * stride] = {S[2 * q][0], S[2 * q][1], S[2 * q + 1][0], S[2 * q + 1][1]};
           };
           auto held = [&](float (&S)[ROWS][PAIR], const Quad* from, int stride) {
 #pragma unroll
@@ -143,8 +157,7 @@ __global__ void __launch_bounds__(THREADS) gradients(const Gradients<Storage> a)
             if constexpr (SEVEN) {
               own.read(x, row + FIRST * KB);
               own.products(s, x, S);
-              if (back && own.share == 0)
-                *reinterpret_cast<Pack<float, PAIR>*>(values + (i * Slot::VALUES + 2) * WIDTH + own.first) = {s[0], s[1]};
+              if (back && own.share == 0) *pair_of(i, 2) = {s[0], s[1]};
             }
             own.read(d, row + DECAY * KB);
             own.read(x, row + KEY * KB);
@@ -230,7 +243,9 @@ __global__ void __launch_bounds__(THREADS) gradients(const Gradients<Storage> a)
         for (int m = 0; m < TOTALS; ++m) {
           const int i = threadIdx.x + m * THREADS;
           if (i >= count * KINDS * QUADS) break;
-          for (int warp = 0; warp < warps; ++warp) {
+#pragma unroll
+          for (int warp = 0; warp < WARPS; ++warp) {
+            if (warp >= warps) break;
             const Quad x = reinterpret_cast<const Quad*>(slot(i / (KINDS * QUADS), warp))[i % (KINDS * QUADS)];
 #pragma unroll
             for (int c = 0; c < 4; ++c) totals[m].of[c] += x.of[c];
@@ -240,10 +255,9 @@ __global__ void __launch_bounds__(THREADS) gradients(const Gradients<Storage> a)
       }
       if (!back) continue;
 
+      static_assert(WARPS == 4);
       auto bonus_of = [&](int row) {
-        float sum = 0;
-        for (int warp = 0; warp < WARPS; ++warp) sum += bonus[warp * GROUP + row];
-        return sum;
+        return bonus[row] + bonus[GROUP + row] + bonus[2 * GROUP + row] + bonus[3 * GROUP + row];
       };
 #pragma unroll
       for (int m = 0; m < TOTALS; ++m) {
@@ -257,11 +271,10 @@ __global__ void __launch_bounds__(THREADS) gradients(const Gradients<Storage> a)
           for (int c = 0; c < 4; ++c) total.of[c] *= row[DECAY * KB + c];
         }
         if (!SEVEN && kind != DECAY) {
-          const Quad u = load_quad(a.u + int64_t(head.h) * a.K, x, a.K, false);
           const float sum = bonus_of(step);
           const float* const other = row + (kind == KEY ? LAST : KEY) * KB;
 #pragma unroll
-          for (int c = 0; c < 4; ++c) total.of[c] += u.of[c] * other[c] * sum;
+          for (int c = 0; c < 4; ++c) total.of[c] += u[x + c] * other[c] * sum;
         }
         auto write = [&]<class Element>(Element* to) {
           Pack<Element, 4> result;
@@ -277,17 +290,17 @@ __global__ void __launch_bounds__(THREADS) gradients(const Gradients<Storage> a)
         else write((kind == KEY ? a.grad_k : kind == LAST ? a.grad_r : kind == FIRST ? a.grad_a : a.grad_b) + to);
       }
       if constexpr (!SEVEN)
-        if (threadIdx.x < KB)
+        if (mine < KB)
           for (int i = count - 1; i >= 0; --i) {
-            const float* const row = rows + i * KINDS * KB + threadIdx.x;
+            const float* const row = rows + i * KINDS * KB + mine;
             grad_u += row[LAST * KB] * row[KEY * KB] * bonus_of(i);
           }
     }
-    if (!SEVEN && int(threadIdx.x) < a.K) a.sums[(chunk * a.heads + head.index) * a.K + threadIdx.x] = grad_u;
+    if (!SEVEN && mine < a.K) a.sums[(chunk * a.heads + head.index) * a.K + mine] = grad_u;
   }
 }
 
-// ---- entry -----------------------------------------------------------------------------------------------------------
+// ---- entry ---------------------------------------------------------------------------------------------------------
 
 // ends: as checkpoints, and scratch: [blocks, 3, passes, 16, 128]; sums: [⌈T/32⌉, B, H, K] of gu.
 void wkv_gradients(std::optional<Tensor> grad_y, Tensor r, Tensor w, Tensor k, Tensor v, std::optional<Tensor> u,
@@ -348,7 +361,10 @@ void wkv_gradients(std::optional<Tensor> grad_y, Tensor r, Tensor w, Tensor k, T
                                   given.aligned,
                                   given.even(PAIR, {&checkpoints, &ends}),
                                   K % 4 == 0};
-    launch({.grid = unsigned(std::min(blocks, items)), .block = THREADS, .stream = stream, .shared = Slot::BYTES},
+    launch({.grid = unsigned(std::min(blocks, items)),
+            .block = THREADS,
+            .stream = stream,
+            .shared = sizeof(float) * Slot::NUMBERS},
            gradients<Storage, KB, SEVEN>, call);
   });
 }

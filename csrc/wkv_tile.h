@@ -12,7 +12,7 @@ constexpr int GROUP = 8;  // steps that are brought at once
 constexpr int ROWS = 8;   // of S a lane
 constexpr int WARPS = 4, THREADS = WARPS * LANES;
 
-// ---- rows ------------------------------------------------------------------------------------------------------------
+// ---- rows ----------------------------------------------------------------------------------------------------------
 
 template <class Element>
 struct Rows {  // [B, T, H, width], elements of a row side by side
@@ -117,7 +117,7 @@ __device__ inline void share_sums(float* x, int place) {
   }
 }
 
-// ---- tiles of S ------------------------------------------------------------------------------------------------------
+// ---- tiles of S ----------------------------------------------------------------------------------------------------
 
 // A lane's part of a warp's columns of S: ROWS rows, in two quads, by COLUMNS. KB: K or more.
 template <int KB, int COLUMNS>
@@ -190,7 +190,8 @@ struct Tile {
     for (int c = 0; c < COLUMNS; ++c) sums[c] = sum_over<SHARES>(sums[c]);
   }
 
-  // Adds up the lanes' parts, each lane one column's: column `shared_column` of the warp's, valid in that lane if `tells`.
+  // Adds up the lanes' parts: a lane is left with the sum of one column, the warp's `shared_column`; of the lanes that
+  // have the same, one `tells` it.
   __device__ float share_columns(float (&parts)[COLUMNS]) const {
     share_sums<COLUMNS, SHARES, 1>(parts, share);
     return parts[0];
@@ -225,7 +226,7 @@ constexpr int READER = SEVEN ? 4 : 2;
 template <bool SEVEN>
 constexpr int COUNT = READER<SEVEN> + 1;
 
-// ---- entries ---------------------------------------------------------------------------------------------------------
+// ---- entries -------------------------------------------------------------------------------------------------------
 
 template <class Element>
 Rows<Element> rows_of(const Tensor& t) {

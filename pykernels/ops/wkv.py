@@ -133,7 +133,13 @@ def _triton_backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints
     return results
 
 
-MANY = 1 << 16  # columns of states from which on a lane takes 4 of them: with fewer, single ones make more warps
+# Columns of all states from which on a lane takes 4 of them, reading a step's rows for a quarter as many warps; with
+# fewer columns, lanes of one make enough warps for the GPU. By counts of instructions, not by time.
+MANY = 1 << 12
+
+
+def _is_wide(r, v):
+    return r.size(0) * v.size(2) * v.size(3) >= MANY
 
 
 def _rows(*tensors):
@@ -147,7 +153,7 @@ def _dense(*tensors):
 
 def _cuda(r, w, k, v, u, a, b, state, scale, training, backend):
     results = _outputs(r, w, k, v, u, a, b, state, scale, training, backend)
-    wide = results[1].numel() >= MANY * r.size(3)
+    wide = _is_wide(r, v)
     r, w, k, v, a, b = _rows(r, w, k, v, a, b)
     native.cuda("wkv", r, w, k, v, *_dense(u), a, b, *_dense(state), *results, scale, wide)
     return results
