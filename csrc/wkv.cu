@@ -33,7 +33,7 @@ struct Sequence {
 // audit: sequence: dynamic shared 32 * ((3 + 2 * SEVEN - REVERSE) * KB + 1) + 8192 * size * COLUMNS // KB +
 //   3 * (32 * KB + 8 * size * ((2 + 2 * SEVEN - REVERSE) * KB + 1024 * COLUMNS // KB)): rows of a group, y, the ring
 template <class Storage, int KB, int COLUMNS, bool SEVEN, bool REVERSE>
-__global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 4 : 6) sequence(const Sequence<Storage> a) {
+__global__ void __launch_bounds__(THREADS, 4) sequence(const Sequence<Storage> a) {
   using Columns = Tile<KB, COLUMNS>;
   constexpr int KINDS = COUNT<SEVEN> - REVERSE, LAST = KINDS - 1;  // rows of a step; LAST: reversed there is no reader
   constexpr int NARROW = GROUP * (LAST * KB + Columns::BLOCK);     // numbers in Storage that a group has

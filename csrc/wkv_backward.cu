@@ -40,6 +40,7 @@ struct Slots {
 
 // audit: gradients: dynamic shared 32 * ((3 + 2 * SEVEN) * KB + 5 + (2 + SEVEN) * 2048 // KB +
 //   4 * (512 + 128 * SEVEN * (KB // 128))) + 4 * KB: rows of a group, its v, g and s, u, S before each step
+// audit: gradients: allow narrow load: where V is odd, states come one number at a time; u does, once in 32 steps
 template <class Storage, int KB, bool SEVEN>
 __global__ void __launch_bounds__(THREADS, 2) gradients(const Gradients<Storage> a) {
   using Columns = Tile<KB, PAIR>;

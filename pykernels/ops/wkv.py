@@ -160,7 +160,7 @@ def _cuda(r, w, k, v, u, a, b, state, scale, training, backend):
 
 
 WIDEST = 128  # K
-SHARED = 104096  # bytes that RWKV-7's gradients need where K > 64
+SHARED = 104608  # bytes that RWKV-7's gradients need where K > 64
 
 
 def _cuda_declines(r, w, k, v, u, a, *_):
