@@ -8,6 +8,10 @@
 //
 //   reads    r, w, gy, a, b
 //   writes   G after every 32 steps and before the first: what csrc/wkv_backward.cu needs to take them side by side
+//
+// What limits it, by instruction counts for sm_90 and K of 64 (nothing was timed): lanes of 4 columns reach 0.37 of the
+// peak of FMA (RWKV-6) or 0.47 (RWKV-7) if all units overlap, by issue slots, shared memory close behind, for it gives
+// each lane its 24 or 40 numbers of a step's rows; lanes of 1 column 0.13 or 0.18, by shared memory alone.
 #include "wkv_tile.h"
 
 namespace {
@@ -33,7 +37,7 @@ struct Sequence {
 // audit: sequence: dynamic shared 32 * ((3 + 2 * SEVEN - REVERSE) * KB + 1) + 8192 * size * COLUMNS // KB +
 //   3 * (32 * KB + 8 * size * ((2 + 2 * SEVEN - REVERSE) * KB + 1024 * COLUMNS // KB)): rows of a group, y, the ring
 template <class Storage, int KB, int COLUMNS, bool SEVEN, bool REVERSE>
-__global__ void __launch_bounds__(THREADS, 4) sequence(const Sequence<Storage> a) {
+__global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 3 : 4) sequence(const Sequence<Storage> a) {
   using Columns = Tile<KB, COLUMNS>;
   constexpr int KINDS = COUNT<SEVEN> - REVERSE, LAST = KINDS - 1;  // rows of a step; LAST: reversed there is no reader
   constexpr int NARROW = GROUP * (LAST * KB + Columns::BLOCK);     // numbers in Storage that a group has
