@@ -20,18 +20,14 @@
 // gv leave by the same way, over the rows that they were computed from. Exponents are in base 2 (w, u and k times
 // log2 e once); of each pair of exponentials one is 2^0: with a reciprocal three special-function operations a step,
 // four backward.
-#include <optional>
-
-#include "device.h"
+#include "wkv_device.h"
 
 namespace {
 
-constexpr int LANES = 32;
-constexpr int SAVED = 32;  // steps from one saved state to the next, as in pykernels/ops/wkv4.py
 constexpr int GROUP = 8;   // rows that are brought, and steps that are unrolled, at once
 constexpr int JOIN = 4;    // segments whose states are loaded at once
 constexpr float EMPTY = -1e38f;
-constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+constexpr float LN2 = 0.693147181f;
 
 // ---- one step -------------------------------------------------------------------------------------------------------
 
@@ -98,11 +94,6 @@ template <int SIZE>
 struct alignas(SIZE) Bytes {
   using Word = std::conditional_t<SIZE % 4 == 0, uint32_t, uint16_t>;
   Word words[SIZE / sizeof(Word)];
-};
-
-template <class Storage, int N>
-struct alignas(N * sizeof(Storage)) Pack {
-  Storage of[N];
 };
 
 // The warp's rows: N channels a lane, moved in pieces of PIECE bytes, several rows at once.
@@ -499,27 +490,6 @@ __global__ void __launch_bounds__(LANES * PARTS) total(const float* sums, float*
 }
 
 // ---- entries --------------------------------------------------------------------------------------------------------
-
-template <class T>
-T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
-
-template <class T>
-T* data(const std::optional<Tensor>& t) { return t ? data<T>(*t) : nullptr; }
-
-void check_shape(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype, const char* name,
-                 bool dense = true) {
-  check_device_tensor(t, int64_t(sizes.size()), dtype, name);
-  int64_t dim = 0;
-  for (int64_t size : sizes) check_size(t, dim++, size, name);
-  int64_t stride = 1;
-  if (t.numel() == 0) return;
-  for (--dim; dim >= 0; --dim) {
-    if (dense || dim == int64_t(sizes.size()) - 1)
-      STD_TORCH_CHECK(t.size(dim) <= 1 || t.stride(dim) == stride, name, ": expected stride ", stride, " in dimension ",
-                      dim, ", got ", t.stride(dim));
-    stride *= t.size(dim);
-  }
-}
 
 template <class Storage>
 Strided<Storage> strided(const Tensor& t) { return {data<const Storage>(t), t.stride(0), t.stride(1)}; }

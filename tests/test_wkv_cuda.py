@@ -1,16 +1,26 @@
-"""WKV-4's CUDA kernels, compiled for the CPU: every way to cut the work, on every sample."""
+"""The WKVs' CUDA kernels, compiled for the CPU: every way to cut the work, on every sample."""
 
 import pytest
 import torch
 from cuda_host import build, host
 
 from pykernels.check import compare_sample
-from pykernels.ops import wkv4
-from pykernels.registry import OPS
+from pykernels.ops import wkv, wkv4
+from pykernels.registry import OPS, BackendDeclined, Sample, use_backend
 
 REASON = build.missing() if host.MODE else "the CUDA kernels run on the CPU by tests/cuda_host/run.py"
 
 pytestmark = [pytest.mark.cuda_host, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+
+def in_any_order(name, sample, dtype, change=None):
+    host.set_order(f"random:{torch.initial_seed()}")
+    results = compare_sample(OPS[name], sample, dtype, "cpu", "cuda", *([change] if change else []))
+    assert all(result.ok for result in results), [*map(str, results)]
+
+
+def sample_of(name, label):
+    return next(sample for sample in OPS[name].samples if sample.label == label)
 
 
 @pytest.mark.parametrize("sample", OPS["wkv4"].samples, ids=str)
@@ -20,9 +30,37 @@ pytestmark = [pytest.mark.cuda_host, pytest.mark.skipif(REASON is not None, reas
 )
 def test_every_schedule(monkeypatch, sample, dtype, steps, wide):
     monkeypatch.setattr(wkv4, "_schedule", lambda *_: (steps, wide))
-    host.set_order(f"random:{torch.initial_seed()}")
-    results = compare_sample(OPS["wkv4"], sample, dtype, "cpu", "cuda")
-    assert all(result.ok for result in results), [*map(str, results)]
+    in_any_order("wkv4", sample, dtype)
+
+
+WIDE = ("state", "odd sizes", "several chunks", "wide value", "heads of 64", "no steps")
+
+
+@pytest.mark.parametrize("name", ["wkv6", "wkv7"])
+@pytest.mark.parametrize("label", WIDE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
+def test_lanes_of_four_columns(monkeypatch, name, label, dtype):
+    """... and fewer blocks than there is work for, so that each goes on to another."""
+    monkeypatch.setattr(wkv, "_is_wide", lambda *_: True)
+    monkeypatch.setattr(wkv, "BLOCKS", 2)
+    in_any_order(name, sample_of(name, label), dtype)
+
+
+LARGE = {"wkv6": wkv._inputs6, "wkv7": wkv._inputs7}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(("K", "V"), [(128, 40), (67, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
+def test_large_heads(name, K, V, dtype):
+    in_any_order(name, Sample("large", LARGE[name](1, 35, 1, K, V, state=True)), dtype)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_declines(name):
+    inputs = LARGE[name](1, 2, 1, 129, 4)(torch.float32, "cpu")
+    with use_backend("cuda"), pytest.raises(BackendDeclined, match="K of at most 128, got 129"):
+        OPS[name].function(**inputs)
 
 
 def test_a_state_that_has_seen_nothing(monkeypatch):
@@ -33,6 +71,4 @@ def test_a_state_that_has_seen_nothing(monkeypatch):
         aa, bb, pp = inputs["state"].unbind(1)
         return inputs | {"state": torch.stack((0 * aa, torch.where(pp > 0, bb, 0), pp + 50), 1)}
 
-    sample = next(sample for sample in OPS["wkv4"].samples if sample.label == "several chunks")
-    results = compare_sample(OPS["wkv4"], sample, torch.float32, "cpu", "cuda", emptied)
-    assert all(result.ok for result in results), [*map(str, results)]
+    in_any_order("wkv4", sample_of("wkv4", "several chunks"), torch.float32, emptied)

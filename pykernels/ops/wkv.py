@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import native
 from ..checks import expect, expect_device, expect_tensor, expect_type
 from ..registry import (
     FLOATS,
@@ -132,12 +133,81 @@ def _triton_backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints
     return results
 
 
+# Columns of all states from which on a lane takes 4 of them, reading a step's rows for a quarter as many warps; with
+# fewer columns, lanes of one make enough warps for the GPU. By counts of instructions, not by time.
+MANY = 1 << 12
+
+
+def _is_wide(r, v):
+    return r.size(0) * v.size(2) * v.size(3) >= MANY
+
+
+def _rows(*tensors):
+    """With elements side by side, as the CUDA kernels read them, in whatever strides else."""
+    return tuple(t if t is None or t.stride(3) == 1 else t.contiguous() for t in tensors)
+
+
+def _dense(*tensors):
+    return tuple(t if t is None else t.contiguous() for t in tensors)
+
+
+def _cuda(r, w, k, v, u, a, b, state, scale, training, backend):
+    results = _outputs(r, w, k, v, u, a, b, state, scale, training, backend)
+    wide = _is_wide(r, v)
+    r, w, k, v, a, b = _rows(r, w, k, v, a, b)
+    native.cuda("wkv", r, w, k, v, *_dense(u), a, b, *_dense(state), *results, scale, wide)
+    return results
+
+
+WIDEST = 128  # K
+SHARED = 104608  # bytes that RWKV-7's gradients need where K > 64
+
+
+def _cuda_declines(r, w, k, v, u, a, *_):
+    if r.dtype not in FLOATS:
+        return "it takes fp32, bf16 and fp16"
+    if r.size(3) > WIDEST:
+        return f"it takes K of at most {WIDEST}, got {r.size(3)}"
+    if r.is_cuda and a is not None and r.size(3) > 64:
+        there = torch.cuda.get_device_properties(r.device).shared_memory_per_block_optin
+        if there < SHARED:
+            return f"RWKV-7 with K of more than 64 needs {SHARED} bytes of shared memory, the GPU has {there}"
+    return None
+
+
+BLOCKS = 512  # that share the work of the gradients, each with scratch of its own
+
+
+def _cuda_backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, scale, backend):
+    B, T, H, K = r.shape
+    V = v.size(3)
+    grad_r, grad_k, grad_a, grad_b = (None if t is None else r.new_empty(B, T, H, K) for t in (r, k, a, b))
+    grad_w, grad_v = w.new_empty(B, T, H, K), v.new_empty(B, T, H, V)
+    grad_u = sums = grad_initial = None
+    grad_y, r, w, k, v, a, b = _rows(grad_y, r, w, k, v, a, b)
+    u, grad_state, checkpoints = _dense(u, grad_state, checkpoints)
+    if u is not None:
+        sums = w.new_empty(checkpoints.size(0), B, H, K)
+    if state is not None:
+        grad_initial = w.new_empty(B, H, K, V)
+    ends = torch.empty_like(checkpoints)
+    columns = 2048 // (64 if K <= 64 else 128)  # of S that a block has at once
+    scratch = w.new_empty(min(BLOCKS, checkpoints.size(0) * B * H), 3, -(-V // columns), 16, 128)
+    native.cuda("wkv_ends", grad_y, grad_state, r, w, k, v, u, a, b, ends, grad_initial, scale)
+    grads = (grad_r, grad_w, grad_k, grad_v, sums, grad_a, grad_b)
+    native.cuda("wkv_gradients", grad_y, r, w, k, v, u, a, b, checkpoints, ends, *grads, scratch, scale)
+    if sums is not None:
+        grad_u = sums.sum((0, 1))
+    results = (grad_r, grad_w, grad_k, grad_v, grad_u, grad_a, grad_b, grad_initial)
+    return tuple(w.new_empty(0) if t is None else t for t in results)
+
+
 _backward_op = torch_op(
     "wkv_backward(Tensor? grad_y, Tensor? grad_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor? u, Tensor? a, "
     "Tensor? b, Tensor? state, Tensor checkpoints, float scale, int backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_gradients,
-    implementations={"triton": _triton_backward},
+    implementations={"triton": _triton_backward, "cuda": _cuda_backward},
     setup_context=_save_backward,
     backward=_double_backward,
 )
@@ -146,7 +216,7 @@ _op = torch_op(
     "wkv(Tensor r, Tensor w, Tensor k, Tensor v, Tensor? u, Tensor? a, Tensor? b, Tensor? state, float scale, "
     "bool training, int backend) -> (Tensor, Tensor, Tensor)",
     fake=_outputs,
-    implementations={"triton": _triton},
+    implementations={"triton": _triton, "cuda": _cuda},
     setup_context=_save,
     backward=_backward,
 )
@@ -335,7 +405,11 @@ def _workloads(inputs):
 
 
 _FEW = 4.0  # where a result is a handful of numbers, eager's error is a matter of luck
-_common = dict(kernel=_op, reference=reference, supports={"cpu": lambda *_: None, "triton": triton_declines})
+_common = dict(
+    kernel=_op,
+    reference=reference,
+    supports={"cpu": lambda *_: None, "triton": triton_declines, "cuda": _cuda_declines},
+)
 
 
 def _samples(inputs):
