@@ -406,7 +406,7 @@ topk_search = register(
         Sample("deep", _inputs(90, 200, (20,), 8)),
         Sample("deep, nine queries", _inputs(60, 300, (9,), 8)),
         Sample(
-            "large k, ties", _inputs(_MANY if INTERPRET else 3000, 4, (2,), 150 if INTERPRET else 2048, draw="grid")
+            "large k, ties", _inputs(_MANY if INTERPRET else 3001, 4, (2,), 150 if INTERPRET else 2048, draw="grid")
         ),
         Sample("many keys, one query", _inputs(_MANY if INTERPRET else 20000, 16, (1,), 32)),
         Sample("many keys", _inputs(_MANY if INTERPRET else 9000, 16, (17 if INTERPRET else 33,), 10)),
