@@ -91,12 +91,12 @@ def _record_all(
         for dtype in dtypes
         if dtype in OPS[name].dtypes and (not representative or baseline.is_representative(name, sample.label))
     ]
-    launches: dict[tuple[str, str], Launch] = {}  # by op and key: each op has its own rows
+    launches: dict[tuple[str, str, str], Launch] = {}  # each op and dtype has its own rows, of the same code too
     rows = []
     for op, sample, dtype in track("recording", plan):
         try:
             for launch in record(op, sample, dtype, targets):
-                first = launches.setdefault((op.name, launch.key), launch)
+                first = launches.setdefault((op.name, launch.dtype, launch.key), launch)
                 first.intensity = launch.intensity if first.intensity is None else first.intensity
                 first.backward = first.backward and launch.backward
                 if sample.label not in first.inputs:
