@@ -34,7 +34,7 @@ from ..registry import (
     triton_declines,
     wants_gradient,
 )
-from .wkv4 import check_decay, exact_of
+from .wkv4 import check_decay, exact_of, in_exact
 
 CHUNK = 32  # steps from one saved state to the next
 _DTYPES = (torch.float64, *FLOATS)
@@ -270,10 +270,10 @@ def _wkv6(
     _check_one(w, "w", layout, sizes, dtypes, r)
     check_decay(w, "w")
     scale = expect_number(scale, "scale")
-    w = w.to(exact)
+    w = in_exact(w, exact)
     if constant:
         w = w.expand(shape)
-    return _run(run, scale, r, w, k, v, u.to(exact), None, None, state)
+    return _run(run, scale, r, w, k, v, in_exact(u, exact), None, None, state)
 
 
 def _wkv7(
@@ -315,7 +315,7 @@ def _wkv7(
     _check_one(b, "b", "[B, T, H, K]", shape, (dtype,), r)
     check_decay(w, "w")
     scale = expect_number(scale, "scale")
-    return _run(run, scale, r, w.to(exact), k, v, None, a, b, state)
+    return _run(run, scale, r, in_exact(w, exact), k, v, None, a, b, state)
 
 
 def _run(run, scale: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:

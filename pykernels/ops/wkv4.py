@@ -49,6 +49,11 @@ def exact_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def in_exact(t: Tensor, exact: torch.dtype) -> Tensor:
+    """t.to(exact), which takes a microsecond also where there is nothing to do."""
+    return t if t.dtype == exact else t.to(exact)
+
+
 def reference(
     w: Tensor,  # [C]
     u: Tensor,  # [C]
@@ -241,7 +246,8 @@ def _wkv4(run, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None 
         expect_tensor(state, "state", "[B, 3, C]", (exact,))
         expect_shape(state, "state", (B, 3, C), "k")
         expect_device(state, "state", k, "k")
-    return run(w.to(exact), u.to(exact), k, v, state, wants_gradient(w, u, k, v, state))[:2]
+    w, u = in_exact(w, exact), in_exact(u, exact)
+    return run(w, u, k, v, state, wants_gradient(w, u, k, v, state))[:2]
 
 
 def log_decay(decay: Tensor, convention: str) -> Tensor:
@@ -267,7 +273,7 @@ def log_decay(decay: Tensor, convention: str) -> Tensor:
 
 def check_decay(w: Tensor, name: str) -> None:
     if can_read(w) and w.numel():
-        largest = w.detach().max().item()
+        largest = (w.detach() if w.requires_grad else w).max().item()
         expect(not largest > 0, name, "log decays ≤ 0 (log_decay converts other forms)", largest)
 
 
