@@ -52,7 +52,7 @@ def failure(name: str, backend: int, arguments: tuple) -> str | None:
     return _known(name, backend, str(first.device), next(floats, torch.float32))
 
 
-@torch.compiler.assume_constant_result
+@native.constant_result
 def _known(name: str, backend: int, device: str, dtype: torch.dtype) -> str | None:
     key = name, backend, torch.device(device), dtype
     if key not in _verdicts:

@@ -13,11 +13,20 @@ import importlib
 import itertools
 import pathlib
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")  # ascending; Arm has its NEON in the baseline
 HERE = pathlib.Path(__file__).parent
+F = TypeVar("F", bound=Callable)
+
+
+def constant_result(function: F) -> F:
+    """torch.compiler.assume_constant_result, which would import all of torch.compile for this one attribute."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 @functools.cache

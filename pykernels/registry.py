@@ -178,7 +178,7 @@ class use_backend:
         _override = self._previous
 
 
-@torch.compiler.assume_constant_result
+@native.constant_result
 def unavailable(backend: int, device_type: str) -> str | None:
     """Why a backend cannot run on this machine's devices of that type, or None if it can."""
     return _unavailable(backend, device_type)

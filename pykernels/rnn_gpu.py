@@ -146,7 +146,7 @@ def _finish_backward(tensors, arguments, state, grad_gates, previous, grad_hidde
 _CLUSTER = 16  # blocks at most that exchange through their shared memories; 0: all exchange through global memory
 
 
-@torch.compiler.assume_constant_result
+@native.constant_result
 @functools.cache
 def _fits(device, dtype, H, cell, backward) -> bool:
     return torch.ops.pykernels_cuda.rnn_fits(torch.empty(0, dtype=dtype, device=device), H, cell, backward)
