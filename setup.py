@@ -164,7 +164,7 @@ class Build(build_ext):
         changed = [file for each in files.values() for file in each if not file.unchanged]
 
         def compile_(number, file):
-            print(f"[{number}/{len(changed)}] {file.name}", flush=True)
+            print(f"[{number}/{len(changed)}] {file.name}\n", end="", flush=True)  # one write: threads share the line
             file.compile()
 
         with concurrent.futures.ThreadPoolExecutor(self.parallel) as threads:

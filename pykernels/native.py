@@ -36,12 +36,12 @@ def _absent(kernels: str) -> str:
 @functools.cache
 def load() -> tuple[str | None, str | None]:
     """(level that was loaded, None), or (None, why there is none)."""
+    if not any(HERE.glob("_C.abi3.*")):
+        return None, _absent("CPU")
     try:
         supported = importlib.import_module("pykernels._C").cpu_level()
     except ImportError as error:
-        if any(HERE.glob("_C.abi3.*")):
-            return None, f"the CPU kernels do not load: {error}"
-        return None, _absent("CPU")
+        return None, f"the CPU kernels do not load: {error}"
     for level in LEVELS[LEVELS.index(supported) :: -1]:
         for library in HERE.glob(f"_C_{level}.abi3.*"):
             try:
