@@ -9,6 +9,7 @@ call at batch 1 takes 20 µs. So `expected` is a template, and the sizes it name
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from typing import Any
 
@@ -75,10 +76,9 @@ def expect_number(value: Any, name: str, low: float = -math.inf, high: float = m
     if isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a number, which has no gradient, got a tensor: multiply by it outside")
     if not isinstance(value, NUMBERS):
-        try:
-            value = float(value)  # numpy's scalars, fractions
-        except (TypeError, ValueError):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        value = float(value)  # of numpy's scalars, of fractions
     # Comparisons, because math.isfinite cannot be traced; -inf is the one number below every bound that < lets through.
     if not (low <= value < high) or value == -math.inf:
         bounds = "" if low == -math.inf else f" ≥ {low:g}" if high == math.inf else f" from {low:g} to below {high:g}"

@@ -29,6 +29,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: its kernels then run on CPU tensors
 ON_HOST = native.cuda_on_host()  # so do the CUDA kernels, compiled for the CPU
 
+NO_FORWARD_MODE = '{name}: forward-mode differentiation is not supported; within use_backend("reference") it is'
+
 Inputs = dict[str, Any]  # the public function's arguments by name
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,6 +84,12 @@ class Op:
     def summary(self) -> str:
         """The first sentence of the public docstring: the op's row in the README table."""
         return (self.function.__doc__ or "").strip().split("\n")[0]
+
+
+def constant(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, which imports Dynamo: as long as torch itself. It leaves this mark."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 OPS: dict[str, Op] = {}
@@ -170,6 +178,13 @@ def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+@constant
+def _tracing_gradient() -> bool:
+    """Whether torch.compile is within a transform of torch.func other than vmap, which loops over what it traced."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack)
+
+
 def wants_gradient(*arguments: Any) -> bool:
     """Whether a gradient may be asked of what is made of these."""
     if not torch.compiler.is_compiling() and _transforming():
@@ -246,12 +261,6 @@ class use_backend:
             raise RuntimeError("use_backend: expected to be left in the thread that entered it")
         del levels[last]
         _selection.settle()
-
-
-def constant(function: Callable) -> Callable:
-    """torch.compiler.assume_constant_result, which imports Dynamo: as long as torch itself. It leaves this mark."""
-    function._dynamo_marked_constant = True
-    return function
 
 
 @constant
@@ -355,9 +364,11 @@ def torch_op(
     op = getattr(torch.ops.pykernels, name).default
 
     def call(*args):
-        if torch.compiler.is_compiling() or not _transforming():
+        if torch.compiler.is_compiling():
+            if _tracing_gradient():
+                raise NotImplementedError(f"{name}: torch.compile cannot trace its torch.func.grad: call that eagerly")
             return op(*args)
-        return transformed.apply(*args)
+        return transformed.apply(*args) if _transforming() else op(*args)
 
     transformed = _transformed(name, call, setup_context, backward)
     call.op = op
@@ -371,6 +382,10 @@ def _transformed(name: str, call: Callable, save: Callable, gradient: Callable) 
         forward = staticmethod(call)
         setup_context = staticmethod(save)
         backward = staticmethod(gradient)
+
+        @staticmethod
+        def jvp(ctx, *_):
+            raise NotImplementedError(NO_FORWARD_MODE.format(name=name))
 
         @staticmethod
         def vmap(info, in_dims, *args):
