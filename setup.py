@@ -56,7 +56,7 @@ def find_torch() -> pathlib.Path:
     torch = next((p for p in map(pathlib.Path, places) if (p / "version.py").exists()), None)
     if torch is None:
         raise CompileError(NO_TORCH.format(" where this build can see it"))
-    version = re.search(r"__version__ = '((\d+)\.(\d+).*?)'", (torch / "version.py").read_text())
+    version = re.search(r"^__version__\b[^'\n]*'((\d+)\.(\d+)[^']*)'", (torch / "version.py").read_text(), re.MULTILINE)
     if (int(version[2]), int(version[3])) < (2, 10):
         raise CompileError(NO_TORCH.format(f" ≥ 2.10, but {version[1]} in {torch.parent}"))
     return torch
