@@ -242,7 +242,7 @@ class use_backend:
     def __init__(self, name: str):
         if name not in BACKENDS:
             raise ValueError(f"name: expected one of {', '.join(BACKENDS)}, got {name!r}")
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # in this thread
             raise RuntimeError("use_backend: expected to be called outside of the function that torch.compile traces")
         self._backend = BACKENDS.index(name)
         _selection.levels[-1].add(self, self._backend)
