@@ -50,7 +50,7 @@ def exact_of(dtype: torch.dtype) -> torch.dtype:
 
 
 def in_exact(t: Tensor, exact: torch.dtype) -> Tensor:
-    """t.to(exact), which takes a microsecond also where there is nothing to do."""
+    """t.to(exact), without the call into torch where there is nothing to do."""
     return t if t.dtype == exact else t.to(exact)
 
 
