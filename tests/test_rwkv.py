@@ -354,6 +354,11 @@ def test_layer_under_autocast(kind):
         assert [t.dtype for t in got] == [torch.bfloat16, torch.float32, torch.float32][: len(got)]
         agree([t.float() for t in got], want, rtol=0.1, atol=0.1)
         module(x, state)
+        assert module(x.bfloat16())[0].dtype == torch.bfloat16
+        for wrong in (x.double(), x.half(), x.long()):
+            with pytest.raises(TypeError, match=f"x: expected torch.float32 or torch.bfloat16, got {wrong.dtype}"):
+                module(wrong)
+        assert layer(kind).double()(x.double())[0].dtype == torch.float64
     got[0].float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 

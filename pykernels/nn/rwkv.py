@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter
 
-from ..checks import expect, expect_alike, expect_device, expect_integer, expect_shape, expect_tensor, expect_type
+from ..checks import (
+    expect,
+    expect_alike,
+    expect_device,
+    expect_dtype,
+    expect_integer,
+    expect_shape,
+    expect_tensor,
+    expect_type,
+)
 from ..ops import wkv4 as ops
 from ..registry import FLOATS, is_autocast_on
 
@@ -38,8 +47,11 @@ class _Mix(torch.nn.Module):
         n_embd, weights = self.n_embd, self.time_mix_k
         expect(n_embd == C, "x", "[B, T, {n_embd}]", x, n_embd=n_embd)
         dtype = weights.dtype
-        cast = x.dtype in FLOATS and dtype in FLOATS and is_autocast_on(x.device.type)
-        expect_type(x.dtype == dtype or cast, "x", "the weights' {dtype}", x, dtype=dtype)
+        if dtype in FLOATS and is_autocast_on(x.device.type):
+            low = torch.get_autocast_dtype(x.device.type)
+            expect_dtype(x, "x", (torch.float32, low))  # the two that torch.cat takes there
+        else:
+            expect_type(x.dtype == dtype, "x", "the weights' {dtype}", x, dtype=dtype)
         expect_device(x, "x", weights, "the module")
         if shift is None:
             shift = x.new_zeros(B, C)
@@ -73,8 +85,8 @@ class RWKV4TimeMix(_Mix):
     Parameters: time_decay, time_first [dim_att]; time_mix_k, time_mix_v, time_mix_r [1, 1, C]; key, value, receptance,
     output (linear, without bias). Initially as in the authors' code, whose key, receptance and output are zero.
 
-    Inputs: x [B, T, C], any T, in the weights' dtype; state is (shift [B, C] in x's dtype, wkv [B, 3, dim_att] in fp32,
-    fp64 for fp64), or None before the first token.
+    Inputs: x [B, T, C], any T, in the weights' dtype, or under autocast in fp32 or its dtype; state is (shift [B, C] in
+    x's dtype, wkv [B, 3, dim_att] in fp32, fp64 for fp64), or None before the first token.
 
     Returns (out [B, T, C], state after the last token). A call equals any split of it in time; gradients flow through
     the state. The decay is taken in fp32 (fp64) whatever the weights' dtype.
@@ -151,7 +163,8 @@ class RWKV4ChannelMix(_Mix):
     Parameters: time_mix_k, time_mix_r [1, 1, C]; key, receptance, value (linear, without bias). Initially as in the
     authors' code, whose value and receptance are zero.
 
-    Inputs: x [B, T, C], any T, in the weights' dtype; state is the last token before [B, C], in x's dtype, or None.
+    Inputs: x [B, T, C], any T, in the weights' dtype, or under autocast in fp32 or its dtype; state is the last token
+    before [B, C], in x's dtype, or None.
 
     Returns (out [B, T, C], state after the last token). A call equals any split of it in time; gradients flow through
     the state.

@@ -249,7 +249,7 @@ def _wkv6(
             at every step (RWKV-5). In r's dtype or fp32.
         u: [H, K], the bonus ("time_faaaa"), in r's dtype or fp32.
         state: [B, H, K, V] after the steps before, in fp32 (fp64 for fp64); None is zeros.
-        scale: multiplies y.
+        scale: multiplies y; a number, which has no gradient.
 
     Returns:
         y [B, T, H, V] in r's dtype and the state after the last step [B, H, K, V]. All sums are fp32 (fp64).
@@ -296,7 +296,7 @@ def _wkv7(
         v: [B, T, H, V].
         a, b: [B, T, H, K]: S takes b (aᵀ S); RWKV-7 passes −κ̂ and κ̂∘(learning rate).
         state: [B, H, K, V] after the steps before, in fp32 (fp64 for fp64); None is zeros.
-        scale: multiplies y.
+        scale: multiplies y; a number, which has no gradient.
 
     Returns:
         y [B, T, H, V] in r's dtype and the state after the last step [B, H, K, V]. All sums are fp32 (fp64).
