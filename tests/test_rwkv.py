@@ -892,6 +892,11 @@ def test_log_decay_of_each_convention():
     assert pk.log_decay(-x.abs(), "log").equal(-x.abs())
     for convention in ("exp", "sigmoid"):
         assert (pk.log_decay(1e3 * x.float(), convention) <= 0).all()
+    for convention in ("exp", "sigmoid", "log"):
+        function, w = functools.partial(pk.log_decay, convention=convention), -x.abs()
+        agree([torch.func.vmap(function)(w)], [function(w)])
+        value, tangent = torch.func.jvp(function, (w,), (torch.ones_like(w),))
+        agree([value, tangent], [function(w), torch.func.jacrev(function)(w).diag()])
     with pytest.raises(ValueError, match="convention: expected 'log', 'exp' or 'sigmoid', got 'ln'"):
         pk.log_decay(x, "ln")
     with pytest.raises(ValueError, match="decay: expected log decays ≤ 0"):

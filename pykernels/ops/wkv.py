@@ -325,8 +325,8 @@ def _run(run, scale: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
 def _check(r: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> torch.dtype:
     """What both functions have; returns the dtype of states and sums."""
     expect_tensor(r, "r", "[B, T, H, K]", _DTYPES)
-    dtype, shape = r.dtype, r.shape
-    exact, (B, T, H, K) = exact_of(dtype), shape
+    shape, dtype, exact = r.shape, r.dtype, exact_of(r.dtype)
+    B, T, H, K = shape
     _check_one(k, "k", "[B, T, H, K]", shape, (dtype,), r)
     expect_tensor(v, "v", "[B, T, H, V]")
     V = v.size(3)

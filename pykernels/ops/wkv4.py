@@ -232,8 +232,8 @@ def _wkv4(run, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None 
     """
     k, v = autocast(k, v)
     expect_tensor(k, "k", "[B, T, C]", _DTYPES)
-    shape, dtype = k.shape, k.dtype
-    exact, (B, _, C) = exact_of(dtype), shape
+    shape, dtype, exact = k.shape, k.dtype, exact_of(k.dtype)
+    B, _, C = shape
     expect_tensor(v, "v", "[B, T, C]")
     expect_shape(v, "v", shape, "k")
     expect_alike(v, "v", k, "k")
