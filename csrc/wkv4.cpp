@@ -9,6 +9,7 @@
 // in order, and each runs again from where it then begins. Backward likewise, from the last to the first.
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -26,10 +27,18 @@ namespace {
 
 constexpr int64_t CHUNK = 32;  // steps from one saved state to the next, as in pykernels/ops/wkv4.py
 constexpr int64_t TILE = 8;    // steps that forward takes a few channels through before the next channels
-constexpr double EMPTY = -1e38;
+constexpr double EMPTY = -1e38;  // pp of a state that has seen nothing, as the caller sees it; inside it is the lowest
 
 template <class Storage>
 using AccOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
+
+template <class T>
+constexpr T LOWEST = std::numeric_limits<T>::lowest();
+
+// An exponent that overflowed downwards, or was -inf, as the lowest number: no difference is of two infinities then, and
+// the empty state is no larger than anything. NaN stays NaN.
+template <class T>
+PK_INLINE Vec<T> finite(Vec<T> exponent) { return max<T>(broadcast(LOWEST<T>), exponent); }
 
 // e^-|d|
 template <class T>
@@ -48,7 +57,9 @@ struct State {
     store_some<T>(p + C, bb, count);
     store_some<T>(p + 2 * C, pp, count);
   }
-  PK_INLINE State empty() { return {Vec<T>{}, Vec<T>{}, broadcast(T(EMPTY))}; }
+  PK_INLINE State empty() { return {Vec<T>{}, Vec<T>{}, broadcast(LOWEST<T>)}; }
+  // With another pp where nothing was seen.
+  PK_INLINE State with_empty(State s, T pp) { return {s.aa, s.bb, select<T>(s.bb == T(0), broadcast(pp), s.pp)}; }
 };
 
 // The weights of the past and of the present in a step's new state.
@@ -67,7 +78,7 @@ PK_INLINE Weights<T> weigh(Vec<T> before, Vec<T> exponent) {
 
 template <class T>
 PK_INLINE Weights<T> advance(State<T>& s, Vec<T> w, Vec<T> k, Vec<T> v) {
-  Vec<T> before = s.pp + w;
+  Vec<T> before = finite<T>(s.pp + w);
   Weights<T> q = weigh<T>(before, k);
   s = {q.past * s.aa + q.present * v, q.past * s.bb + q.present, select<T>(q.wins, k, before)};
   return q;
@@ -76,7 +87,7 @@ PK_INLINE Weights<T> advance(State<T>& s, Vec<T> w, Vec<T> k, Vec<T> v) {
 // A state of `steps` later, and what those steps made of an empty state.
 template <class T>
 PK_INLINE State<T> join(State<T> left, State<T> right, Vec<T> w, int64_t steps) {
-  Vec<T> before = left.pp + w * T(steps);
+  Vec<T> before = finite<T>(left.pp + w * T(steps));
   Weights<T> q = weigh<T>(before, right.pp);
   return {q.past * left.aa + q.present * right.aa, q.past * left.bb + q.present * right.bb,
           select<T>(q.wins, right.pp, before)};
@@ -122,9 +133,7 @@ struct Wkv4 {
 
   State<Acc> initial_state(int64_t b, int64_t c) const {
     if (!initial) return State<Acc>::empty();
-    auto s = State<Acc>::read(initial + b * 3 * C + c, C, C - c);
-    s.pp = select<Acc>(s.bb == Acc(0), broadcast(Acc(EMPTY)), s.pp);  // nothing was seen, whatever pp says
-    return s;
+    return State<Acc>::with_empty(State<Acc>::read(initial + b * 3 * C + c, C, C - c), LOWEST<Acc>);
   }
 
   // f(b, first channel, last, segment) for all.
@@ -197,7 +206,8 @@ struct Wkv4 {
       }, TILE);
       if (segment + 1 == cut.segments)
         for (int64_t c = first; c < last; c += W)
-          State<Acc>::read(&carried[c - first], cut.width, W).write(final + b * 3 * C + c, C, C - c);
+          State<Acc>::with_empty(State<Acc>::read(&carried[c - first], cut.width, W), EMPTY)
+              .write(final + b * 3 * C + c, C, C - c);
     });
   }
 
@@ -222,7 +232,7 @@ struct Wkv4 {
         __builtin_prefetch(k + at + ahead + n * W);
         __builtin_prefetch(v + at + ahead + n * W);
         const Vec<Acc> key = load_some<Acc>(k + at + n * W, count), value = load_some<Acc>(v + at + n * W, count);
-        const Weights<Acc> q = weigh<Acc>(s[n].pp, bonus[n] + key);
+        const Weights<Acc> q = weigh<Acc>(s[n].pp, finite<Acc>(bonus[n] + key));
         store_some<Acc>(y + at + n * W, (q.past * s[n].aa + q.present * value) / (q.past * s[n].bb + q.present), count);
         advance<Acc>(s[n], decay[n], key, value);
       }
@@ -342,7 +352,7 @@ struct Wkv4Backward : Wkv4<Storage> {
           Step& step = steps[t - begin];
           step.aa = s.aa;
           step.bb = s.bb;
-          const Weights<Acc> q = weigh<Acc>(s.pp, bonus + key);
+          const Weights<Acc> q = weigh<Acc>(s.pp, finite<Acc>(bonus + key));
           const Vec<Acc> inverse = Acc(1) / (q.past * s.bb + q.present);
           step.from_past = q.past * inverse;
           step.from_present = q.present * inverse;
@@ -356,7 +366,7 @@ struct Wkv4Backward : Wkv4<Storage> {
                  weight = carry(WEIGHT);
         if (end == T && grad_final) {
           const auto given = State<Acc>::read(grad_final + b * 3 * C + c, C, count);
-          rest = given.pp - (given.aa * s.aa + given.bb * s.bb);
+          rest = select<Acc>(s.bb == Acc(0), Vec<Acc>{}, given.pp - (given.aa * s.aa + given.bb * s.bb));
         }
         for (int64_t t = end - 1; t >= begin; --t) {
           const Step& step = steps[t - begin];

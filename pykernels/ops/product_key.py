@@ -189,8 +189,9 @@ def _check_search(query: Tensor, sub_keys: Tensor, k: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ declaration
 
 
-def _inputs(n, d, shape, k, *, heads=1, dv=None, draw="normal"):
-    """make(dtype, device). shape: of the queries, without heads and d. draw: "grid" ties, "normal" nowhere nearly."""
+def _inputs(n, d, shape, k, *, heads=1, dv=None, draw="normal", large=False):
+    """make(dtype, device). shape: of the queries, without heads and d. draw: "grid" ties, "normal" nowhere nearly.
+    large: scores are of ±1e38, in fp16 of ±1e5."""
 
     def make(dtype, device):
         options = dict(dtype=dtype, device=device)
@@ -204,6 +205,8 @@ def _inputs(n, d, shape, k, *, heads=1, dv=None, draw="normal"):
                 lambda query: search(query.double(), exact, min(k + 1, n))[0],
                 shape.numel(),
             ).view(*shape, heads, d)
+            if large:
+                query, keys = (t * (2.0**8 if dtype == torch.float16 else 2.0**62) for t in (query, keys))
         inputs = dict(query=query, sub_keys=keys)
         if dv is not None:
             inputs["values"] = torch.randn(n * n, dv, **options)
@@ -258,6 +261,7 @@ product_key_search = register(
             "ties, heads, many queries",
             _inputs(*((20, 10, (9,), 12) if INTERPRET else (40, 40, (70,), 32)), heads=4, draw="grid"),
         ),
+        Sample("scores of ±1e38", _inputs(20, 10, (5,), 4, large=True)),
         Sample("no queries", _inputs(6, 4, (0,), 3, draw="grid")),
     ],
     workloads=_workloads(),
@@ -274,6 +278,7 @@ product_key_memory = register(
         Sample("weights", lambda *a: _inputs(8, 6, (5,), 4, heads=2, dv=7)(*a) | dict(return_weights=True)),
         Sample("heads, two batch dimensions", _inputs(15, 12, (2, 3), 9, heads=3, dv=10)),
         Sample("ties", _inputs(30, 12, (3 if INTERPRET else 9,), 30, heads=2, dv=33, draw="grid")),
+        Sample("scores of ±1e38", _inputs(20, 10, (5,), 4, dv=6, large=True)),
         Sample("no queries", _inputs(6, 4, (0,), 3, dv=5, draw="grid")),
     ],
     workloads=_workloads(dv=512),

@@ -503,9 +503,11 @@ def _check_batch_sizes(batch_sizes, input, B) -> None:
 
 def _layer(
     gates, T, B, I, H, *, P=None, bias=True, state=True, lengths=None, resets=None, packed=None, order="tbi", size=1.0,
-    step=False, **options,
+    large=False, step=False, **options,
 ):  # fmt: skip
-    """make(dtype, device) for a sequence. resets: their probability; packed: lengths, descending; size: of input."""
+    """make(dtype, device) for a sequence. resets: their probability; packed: lengths, descending; size: of input.
+    large: gates of ±1e38, and of ±inf where two biases of the dtype's largest numbers meet. (Not by the input: a
+    saturated gate's derivative is nothing but a rounding, which that would magnify.)"""
 
     def make(dtype, device):
         def draw(*shape):
@@ -531,6 +533,11 @@ def _layer(
         if packed is not None:
             inputs["batch_sizes"] = (torch.arange(T)[:, None] < torch.tensor(packed)).sum(1)
             inputs["input"] = size * torch.randn(sum(packed), I, dtype=dtype, device=device)
+        if large:
+            most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+            inputs["bias_ih"] = (torch.rand(gates * H, device=device) * 2 - 1).to(dtype) * most
+            for name in ("bias_ih", "bias_hh"):
+                inputs[name][::3], inputs[name][1::5] = most, -most
         if step:
             inputs["input"] = inputs["input"][0]
         return inputs | options
@@ -583,6 +590,7 @@ def _samples(op):
         Sample("packed, reverse", op(7, 5, 6, 18, packed=(7, 5, 3, 3, 1), reverse=True)),
         Sample("batch first", op(6, 4, 7, 20, order="bti")),
         Sample("saturated", op(6, 4, 7, 20, size=300.0), _LARGE),
+        Sample("gates of ±1e38 and ±inf", op(6, 4, 7, 20, large=True)),
         Sample("no steps", op(0, 3, 5, 6)),
         Sample("no sequences", op(4, 0, 5, 6)),
         Sample("no features", op(4, 3, 0, 6)),
@@ -607,6 +615,7 @@ def _step_samples(op):
         Sample("many sequences", op(33, 20, 35)),
         Sample("no bias", op(4, 5, 17, bias=False)),
         Sample("saturated", op(4, 6, 20, size=300.0), _LARGE),
+        Sample("gates of ±1e38 and ±inf", op(4, 6, 20, large=True)),
         Sample("no sequences", op(0, 5, 6)),
     ]
 
