@@ -26,6 +26,7 @@
 namespace {
 
 constexpr int64_t CHUNK = 32;  // steps from one saved state to the next, as in pykernels/ops/wkv4.py
+constexpr double STEP = 0.5;   // ns of a step of a channel, forward
 constexpr int64_t TILE = 8;    // steps that forward takes a few channels through before the next channels
 constexpr double EMPTY = -1e38;  // pp of a state that has seen nothing, as the caller sees it; inside it is the lowest
 
@@ -98,7 +99,7 @@ struct Cut {
   int64_t blocks, width, segments, steps;
 
   Cut(int64_t B, int64_t T, int64_t C, int64_t W) {
-    const int64_t threads = thread_count(), wanted = threads == 1 ? 1 : 4 * threads;
+    const int64_t threads = threads_for(STEP * B * T * C), wanted = threads == 1 ? 1 : 4 * threads;
     blocks = std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(B, 1)), 1, std::max<int64_t>(C / (4 * W), 1));
     width = round_up(ceil_div(C, blocks), W);
     blocks = ceil_div(C, width);
@@ -136,10 +137,10 @@ struct Wkv4 {
     return State<Acc>::with_empty(State<Acc>::read(initial + b * 3 * C + c, C, C - c), LOWEST<Acc>);
   }
 
-  // f(b, first channel, last, segment) for all.
+  // f(b, first channel, last, segment) for all. passes: times forward's work.
   template <class F>
-  void for_blocks(const F& f) const {
-    run_tasks(cut.segments * B * cut.blocks, [&](int64_t, int64_t task) {
+  void for_blocks(double passes, const F& f) const {
+    run_tasks(cut.segments * B * cut.blocks, passes * STEP * B * T * C, [&](int64_t, int64_t task) {
       const int64_t block = task % cut.blocks, rest = task / cut.blocks, first = block * cut.width;
       f(rest % B, first, std::min(C, first + cut.width), rest / B);
     });
@@ -159,7 +160,7 @@ struct Wkv4 {
   // Fills `starts`.
   void join_segments() const {
     if (cut.segments == 1) return;
-    for_blocks([&](int64_t b, int64_t first, int64_t last, int64_t segment) {
+    for_blocks(0.5, [&](int64_t b, int64_t first, int64_t last, int64_t segment) {
       if (segment + 1 == cut.segments) return;
       for (int64_t c = first; c < last; c += W) State<Acc>::empty().write(start_of(segment + 1, b) + c, C, C - c);
       for_tiles(segment, false, [&](int64_t begin, int64_t end) {
@@ -189,7 +190,7 @@ struct Wkv4 {
 
   void forward(Storage* y, Acc* final, Acc* checkpoints) const {
     join_segments();
-    for_blocks([&](int64_t b, int64_t first, int64_t last, int64_t segment) {
+    for_blocks(1, [&](int64_t b, int64_t first, int64_t last, int64_t segment) {
       Buffer<Acc> carried(3 * cut.width);
       for (int64_t c = first; c < last; c += W) {
         auto s = cut.segments == 1 ? initial_state(b, c) : State<Acc>::read(start_of(segment, b) + c, C, C - c);
@@ -274,7 +275,7 @@ struct Wkv4Backward : Wkv4<Storage> {
         incoming_of(cut.segments - 1, b)[c] = grad_final && c < 2 * C ? grad_final[b * 3 * C + c] : Acc(0);
     if (cut.segments > 1) join_backward(incoming_of);
 
-    this->for_blocks([&](int64_t b, int64_t first, int64_t last, int64_t segment) {
+    this->for_blocks(3, [&](int64_t b, int64_t first, int64_t last, int64_t segment) {
       Buffer<Acc> carried(CARRIED * cut.width);
       for (int64_t c = first; c < last; c += W) {
         Acc* own = &carried[(c - first) * CARRIED];
@@ -308,7 +309,7 @@ struct Wkv4Backward : Wkv4<Storage> {
     auto local_of = [&](int64_t segment, int64_t b, int64_t c) {
       return local.get() + ((segment * B + b) * round_up(C, W) + c) * CARRIED;
     };
-    this->for_blocks([&](int64_t b, int64_t first, int64_t last, int64_t segment) {
+    this->for_blocks(3, [&](int64_t b, int64_t first, int64_t last, int64_t segment) {
       if (segment == 0) return;
       Buffer<Acc> carried(CARRIED * cut.width);
       for (int64_t c = first; c < last; c += W) {

@@ -6,6 +6,8 @@ order of the threads, a new one on every run, and must be the same, to the bit, 
 """
 
 import functools
+import os
+import threading
 import warnings
 
 import pytest
@@ -176,6 +178,57 @@ def test_same_bits_from_run_to_run(op, dtype, sample):
         pytest.skip(str(declined))
     for other in others:
         assert all(map(torch.equal, first, other))
+
+
+# Their sums depend on how many parts a sequence is cut into, and that on the threads.
+CUT_BY_THREADS = {"attention", "scaled_dot_product_attention", "varlen_attention", "decode_attention", "wkv4"}
+CUT_BY_THREADS |= {"topk_memory", "product_key_memory"}  # so does the gradient of torch's softmax
+
+
+@over(dtypes=("fp32", "bf16"), samples=lambda op: () if op.name in CUT_BY_THREADS else op.samples[::2])
+@pytest.mark.skipif(INTERPRET, reason="it is about the native kernels' threads")
+def test_same_bits_for_any_number_of_threads(op, dtype, sample):
+    inputs = sample.make(dtype, "cpu")
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        return [value.nan_to_num(1e30) for value in evaluate(op.function, inputs, op.differentiable).values()]
+
+    try:
+        assert all(map(torch.equal, run(1), run(3)))
+    finally:
+        torch.set_num_threads(2)
+
+
+@pytest.mark.skipif(INTERPRET, reason="it is about the native kernels' threads")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the system does not list a process's threads")
+def test_little_work_wakes_no_thread(least_work):
+    default, variable = least_work
+
+    def woken(op):
+        """Threads that a call started. torch's are a pool of each thread that calls: a new one has none."""
+        inputs = op.samples[0].make(torch.float32, "cpu")
+
+        def call():
+            torch.set_num_threads(2)
+            before = {*os.listdir("/proc/self/task")}
+            with torch.no_grad():
+                op.function(**inputs)
+            counts.append(len({*os.listdir("/proc/self/task")} - before))
+
+        counts = []
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        return counts[0]
+
+    ops = [op for op in OPS.values() if not op.name.endswith("_memory")]  # torch's softmax wakes one for two rows
+    assert any(woken(op) for op in ops)
+    variable.value = default
+    try:
+        assert not [op.name for op in ops if woken(op)]
+    finally:
+        variable.value = 0
 
 
 @over(dtypes=("fp32", "bf16"))

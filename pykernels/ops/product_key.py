@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import expect, expect_alike, expect_tensor, expect_type
 from ..registry import FLOATS, INTERPRET, Sample, Workload, autocast, refuse_forward_mode, register, torch_op
 from . import topk
-from .topk import apart, check_k, grid, triton_search_declines
+from .topk import apart, check_k, enlarged, grid, triton_search_declines
 from .weighted_gather import gather, gather_backward_op, gather_op
 from .wkv4 import exact_of
 
@@ -191,7 +191,7 @@ def _check_search(query: Tensor, sub_keys: Tensor, k: int) -> Tensor:
 
 def _inputs(n, d, shape, k, *, heads=1, dv=None, draw="normal", large=False):
     """make(dtype, device). shape: of the queries, without heads and d. draw: "grid" ties, "normal" nowhere nearly.
-    large: scores are of ±1e38, in fp16 of ±1e5."""
+    large: scores are of ±1e38."""
 
     def make(dtype, device):
         options = dict(dtype=dtype, device=device)
@@ -206,7 +206,7 @@ def _inputs(n, d, shape, k, *, heads=1, dv=None, draw="normal", large=False):
                 shape.numel(),
             ).view(*shape, heads, d)
             if large:
-                query, keys = (t * (2.0**8 if dtype == torch.float16 else 2.0**62) for t in (query, keys))
+                query, keys = enlarged(query), enlarged(keys)
         inputs = dict(query=query, sub_keys=keys)
         if dv is not None:
             inputs["values"] = torch.randn(n * n, dv, **options)

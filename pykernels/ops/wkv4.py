@@ -303,7 +303,7 @@ def _inputs(B, T, C, *, w=(-5.0, -1e-2), state=False, size=1.0, order="btc", ext
         inputs = dict(w=decay, u=draw(C), k=k, v=v)
         if state:
             aa, bb, pp = torch.randn(3, B, C, dtype=exact, device=device).unbind()
-            inputs["state"] = torch.stack((aa, bb.abs() + 0.5, large(pp) if extreme in ("k", "u") else pp), 1)
+            inputs["state"] = torch.stack((aa, bb.abs() + 0.5, 0.9 * large(pp) if extreme in ("k", "u") else pp), 1)
         if extreme == "w":
             decay[::3], decay[::4] = -1e38, -torch.inf
         elif extreme == "padding":
