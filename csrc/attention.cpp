@@ -248,7 +248,8 @@ class Forward {
   double work(size_t begin, size_t end) const {
     double sum = 0;
     for (size_t h = begin; h < end; ++h)
-      sum += double(in.sequences[heads[h].sequence].keys) * (rows_in(heads[h]) * MULTIPLY_ADD + sizeof(Storage) * BYTE);
+      sum += double(in.sequences[heads[h].sequence].keys) *
+             (rows_in(heads[h]) * MULTIPLY_ADD / 2 + sizeof(Storage) * BYTE);  // tiles of two multiply-adds a cycle
     return sum * (in.key.size[3] + in.value.size[3]);
   }
 

@@ -295,7 +295,7 @@ class Backward {
     Buffer<Acc> partials(partial);
     double products = 0;
     for (const Head& head : heads) products += double(rows_in(head)) * in.sequences[head.sequence].keys;
-    run_tasks(chains.size(), products * (3 * D() + 2 * Dv()) * MULTIPLY_ADD, [&](int64_t worker, int64_t i) {
+    run_tasks(chains.size(), products * (3 * D() + 2 * Dv()) * MULTIPLY_ADD / 2, [&](int64_t worker, int64_t i) {
       for (const Task& task : chains[i])
         differentiate(task, scratch[worker], partials.get() + heads[task.head].partial_at);
     });

@@ -25,7 +25,7 @@ struct Forward : Arguments<Storage> {
 
   void run() const {
     const int64_t vectors = ceil_div(V, W), heads = B * H;
-    const double work = double(heads) * T * K * round_up(V, W) * (CORRECTED ? 6 : 3) * MULTIPLY_ADD;
+    const double work = double(heads) * T * K * round_up(V, W) * (CORRECTED ? 3 : 1.5) * MULTIPLY_ADD;
     // Narrower slices read r, w, k as often for less: only where there are too few tasks otherwise.
     int64_t width = std::min(vectors, WIDEST);
     while (width > 1 && heads * ceil_div(vectors, width) < 2 * threads_for(work)) width = ceil_div(width, 2);

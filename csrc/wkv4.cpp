@@ -26,7 +26,7 @@
 namespace {
 
 constexpr int64_t CHUNK = 32;  // steps from one saved state to the next, as in pykernels/ops/wkv4.py
-constexpr double STEP = 0.5;   // ns of a step of a channel, forward
+constexpr double STEP = 0.35;  // ns of a step of a channel, forward
 constexpr int64_t TILE = 8;    // steps that forward takes a few channels through before the next channels
 constexpr double EMPTY = -1e38;  // pp of a state that has seen nothing, as the caller sees it; inside it is the lowest
 
