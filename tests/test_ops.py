@@ -180,6 +180,20 @@ def test_same_bits_from_run_to_run(op, dtype, sample):
         assert all(map(torch.equal, first, other))
 
 
+@over(dtypes=("fp32", "bf16"), samples=lambda op: [s for s in op.samples if s.label == "no steps"])
+@pytest.mark.parametrize("backend", ("reference", BACKEND))
+@pytest.mark.cuda_host
+def test_results_of_no_steps_are_not_the_arguments(op, dtype, sample, backend):
+    """Whoever writes into a result leaves what he passed as it was."""
+    inputs = sample.make(dtype, "cpu")
+    given = float_leaves(inputs)
+    before = [tensor.clone() for tensor in given]
+    with pk.use_backend(backend), torch.no_grad():
+        for result in float_leaves(op.function(**inputs)):
+            result.add_(1)
+    assert all(map(torch.equal, given, before))
+
+
 # Their sums depend on how many parts a sequence is cut into, and that on the threads.
 CUT_BY_THREADS = {"attention", "scaled_dot_product_attention", "varlen_attention", "decode_attention", "wkv4"}
 CUT_BY_THREADS |= {"topk_memory", "product_key_memory"}  # so does the gradient of torch's softmax

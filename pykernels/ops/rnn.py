@@ -71,7 +71,8 @@ def reference(
         active = torch.arange(len(input), device=input.device)[:, None] < lengths
         input = torch.where(active[..., None], input, 0)  # padding may hold anything
     from_input = torch.nn.functional.linear(input, weight_ih, bias_ih)
-    h, c, outputs = h0, c0, [input.new_zeros(0)] * len(input)
+    h, c = (s if s is None else s.clone() for s in (h0, c0))  # of no steps too, the results are no argument's memory
+    outputs = [input.new_zeros(0)] * len(input)
     for t in range(len(input))[:: -1 if reverse else 1]:
         before = h, c
         if resets is not None:
@@ -81,7 +82,7 @@ def reference(
         if active is not None:
             outputs[t] = torch.where(active[t, :, None], h, 0)
             h, c = (s if s is None else torch.where(active[t, :, None], s, old) for s, old in zip((h, c), before))
-    output = torch.stack(outputs) if outputs else h0[None][:0]
+    output = torch.stack(outputs) if outputs else h[None][:0]
     return output[0] if step else output[where] if packed else output, h, c
 
 

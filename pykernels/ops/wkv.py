@@ -58,7 +58,7 @@ def reference(
     exact, dtype = exact_of(r.dtype), r.dtype
     B, T, H, K = r.shape
     r, w, k, v, u, a, b = (t if t is None else t.to(exact) for t in (r, w, k, v, u, a, b))
-    S, d = r.new_zeros(B, H, K, v.size(3)) if state is None else state, w.exp()
+    S, d = r.new_zeros(B, H, K, v.size(3)) if state is None else state.clone(), w.exp()
     outputs = []
     for t in range(T):
         kv = k[:, t, :, :, None] * v[:, t, :, None]
@@ -69,7 +69,7 @@ def reference(
         else:
             S = read = S + b[:, t, :, :, None] * (a[:, t, :, None] @ before)
         outputs.append((scale * r[:, t, :, None] @ read)[:, :, 0])
-    return torch.stack(outputs, 1).to(dtype) if outputs else v.to(dtype), S
+    return torch.stack(outputs, 1).to(dtype) if outputs else v.to(dtype, copy=True), S
 
 
 # ------------------------------------------------------------------------------------------------ torch ops
