@@ -181,17 +181,6 @@ __device__ inline void wait_copies() {
 #endif
 }
 
-// The larger, NaN if either is.
-__device__ inline float max_or_nan(float x, float y) {
-#if defined(CUDA_ON_HOST)
-  return x > y || x != x ? x : y;
-#else
-  float m;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(x), "f"(y));
-  return m;
-#endif
-}
-
 // 2^x, to about 2 units in the last place; 0 for -inf.
 __device__ inline float exp2_fast(float x) {
 #if defined(CUDA_ON_HOST)

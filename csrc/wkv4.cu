@@ -52,7 +52,7 @@ __device__ inline void store_state(float* p, int64_t C, const State& s) {
 
 // An exponent that overflowed downwards, or was −inf, as the lowest number: no difference is of two infinities then, and
 // the empty state is no larger than anything. NaN stays NaN.
-__device__ inline float finite(float exponent) { return max_or_nan(exponent, LOWEST); }
+__device__ inline float finite(float exponent) { return exponent < LOWEST ? LOWEST : exponent; }
 
 // The weights of the past and of the present in what follows: e^(before − max), e^(exponent − max). Not in base 2, in
 // which a third of the range would overflow.

@@ -50,7 +50,7 @@ def _factors(a, b):
 def _finite(exponent):
     """One that overflowed downwards, or was -inf, is the lowest number: no difference is of two infinities then, and
     the empty state is no larger than anything. NaN stays NaN."""
-    return tl.maximum(exponent, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(exponent < LOWEST, LOWEST, exponent)
 
 
 @triton.jit
