@@ -45,6 +45,7 @@ from ..registry import (
 from ..rnn_gpu import GATES, GRU, LSTM, RNN_RELU, RNN_TANH
 
 _DTYPES = (torch.float64, *FLOATS)
+STRIDED = torch.strided
 _INT64, _BOOL = (torch.int64,), (torch.bool,)
 _WEIGHT_HH = ("[4·H, P]", "[3·H, H]", "[H, H]", "[H, H]")  # of each cell
 
@@ -464,7 +465,8 @@ def _check_weight_hh(cell, weights) -> int:
     """H, which its rows tell."""
     _, weight_hh, _, _, weight_hr = weights
     layout, gates = _WEIGHT_HH[cell], GATES[cell]
-    expect_tensor(weight_hh, "weight_hh", layout)
+    if not isinstance(weight_hh, Tensor) or weight_hh.is_nested or weight_hh.dim() != 2:
+        expect_tensor(weight_hh, "weight_hh", layout)
     rows, P = weight_hh.shape
     H = rows // gates
     if H == 0 or rows % gates:
@@ -499,9 +501,11 @@ def _check_sizes(cell, input, layout, h, c, weights) -> None:
     if weight_hr is not None:
         wanted.append((weight_hr, "weight_hr", (P, H)))
     for value, name, shape in wanted:
-        dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
-        if dense and value.shape == shape and value.dtype is dtype and value.device == device:
-            continue
+        try:
+            if value.shape == shape and value.dtype is dtype and value.device == device and value.layout is STRIDED:
+                continue
+        except (AttributeError, RuntimeError):  # no tensor, or a nested one, which has no shape
+            pass
         sizes = str(list(shape))
         expect_tensor(value, name, sizes)
         expect_shape(value, name, shape, "input and weight_hh")
