@@ -26,6 +26,7 @@ from . import kernels, native, registry
 from .registry import BACKENDS, CUDA, FLOATS, OPS, TRITON, BackendDeclined, constant, unavailable
 
 SAMPLES = 8  # of an op, evenly spaced among them all
+UNTESTED = "it has not been tested"
 
 _verdicts: dict[tuple[str, int, torch.device, torch.dtype], str | None] = {}  # those that this process knows
 _running = threading.local()
@@ -37,8 +38,13 @@ def verify_on_first_use(enable: bool = True) -> None:
     Off unless called. The first call of an op takes seconds longer, per backend and dtype; later processes find the
     verdict in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, pykernels/first-use.json), where it holds for the
     GPU's architecture and the versions of the compiler, torch and the kernels. A kernel that fails is replaced by the
-    PyTorch reference, with one warning; asked for by name (`use_backend`) it raises RuntimeError. Not tested while a
-    CUDA graph is being captured.
+    backend that comes after it, at last the PyTorch reference, with one warning; asked for by name (`use_backend`) it
+    raises RuntimeError. Not tested while a CUDA graph is being captured.
+
+    It also decides which kernels a call gets that names none: `lstm` and `gru` have CUDA kernels that launch once,
+    where Triton's launch once a step. They come first on a GPU whose verdict is that they pass: from a test now or,
+    whether this was called or not, from the file, into which `python -m pykernels gpu` writes too. Without a verdict
+    Triton's serve.
     """
     registry.verify = failure if enable else None
 
@@ -47,23 +53,45 @@ def failure(name: str, backend: int, arguments: tuple) -> str | None:
     """Why a backend must not serve a call with these kernel arguments, tested now if need be. None: it may."""
     if backend not in (TRITON, CUDA):
         return None
-    first = next(a for a in arguments if isinstance(a, torch.Tensor))
-    floats = (a.dtype for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point())
-    return _known(name, backend, str(first.device), next(floats, torch.float32))
+    reason = _known(name, backend, *_device_and_dtype(arguments), True)
+    return None if reason == UNTESTED else reason
+
+
+def passed(name: str, backend: int, arguments: tuple) -> bool:
+    """Whether a backend is known to have passed: here, on file or, where the user asked for it, in a test now."""
+    return _known(name, backend, *_device_and_dtype(arguments), registry.verify is not None) is None
+
+
+registry.passed = passed
+
+
+def _device_and_dtype(arguments: tuple) -> tuple[torch.device, torch.dtype]:
+    """Of the first tensor, and of the first that has floats."""
+    device = None
+    for one in arguments:
+        if isinstance(one, torch.Tensor):
+            device = device or one.device
+            if one.is_floating_point():
+                return device, one.dtype
+    return device, torch.float32
 
 
 @constant
-def _known(name: str, backend: int, device: str, dtype: torch.dtype) -> str | None:
-    key = name, backend, torch.device(device), dtype
-    if key not in _verdicts:
-        if getattr(_running, "test", False):
-            return None
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return None
-        _verdicts[key] = reason = verdict(name, backend, device, dtype)
-        if reason:
-            warnings.warn(f"pykernels: {reason}. It is not used.", stacklevel=5)
-    return _verdicts[key]
+def _known(name: str, backend: int, device: torch.device, dtype: torch.dtype, test: bool) -> str | None:
+    """What is wrong with an op's kernels, None if nothing is, or UNTESTED; a test is not made during one."""
+    key = name, backend, device, dtype
+    if key in _verdicts and not (test and _verdicts[key] == UNTESTED):
+        return _verdicts[key]
+    if getattr(_running, "test", False):
+        return UNTESTED
+    if test and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        known = verdict(name, backend, str(device), dtype)
+    else:
+        known = _read().get(_key(name, backend, str(device), dtype), UNTESTED)
+    _verdicts[key] = known
+    if known is not None and known != UNTESTED:
+        warnings.warn(f"pykernels: {known}. It is not used.", stacklevel=5)
+    return known
 
 
 def verdict(name: str, backend: int, device: str, dtype: torch.dtype, again: bool = False) -> str | None:

@@ -58,6 +58,26 @@ def toy():
         entered.__exit__(None, None, None)
 
 
+@pytest.fixture
+def hurried(toy):
+    """(toy's arguments, its kernel), which has a Triton and a CUDA backend and would rather have CUDA."""
+    kernel = Counted()
+    arguments = toy(kernel)
+    supports = {"triton": lambda *_: None, "cuda": lambda x, w: "it takes seven columns" if x.size(1) != 7 else None}
+    registry.OPS["toy"] = dataclasses.replace(registry.OPS["toy"], supports=supports, cuda_first=True)
+    return arguments, kernel
+
+
+@pytest.fixture
+def unasked(verifying):
+    """Verdicts are read, and no test is made."""
+    pk.verify_on_first_use(False)
+
+
+def put_on_file(verdict, device="cpu", dtype=torch.float32):
+    first_use._write({first_use._key("toy", CUDA, device, dtype): verdict})
+
+
 def on_file():
     return [*json.loads(first_use.cache_file().read_text()).values()]
 
@@ -94,6 +114,59 @@ def test_a_right_kernel_is_tested_once_per_dtype_compiler_and_source(verifying, 
     counts.append(kernel.calls)
     assert 0 < counts[0] == counts[1] < counts[2] < counts[3]
     assert on_file() == [None] * 3
+
+
+def test_cuda_comes_first_where_it_is_on_file_as_right(unasked, hurried, monkeypatch):
+    (x, w), kernel = hurried
+    put_on_file(None)
+    reads = []
+    read = first_use._read
+    monkeypatch.setattr(first_use, "_read", lambda: reads.append(1) or read())
+    assert [choose("toy", GPU, (x, w)) for _ in range(3)] == [CUDA] * 3
+    assert choose("toy", GPU, (x.half(), w.half())) == TRITON
+    assert choose("toy", GPU, (x[:, 1:], w[1:])) == TRITON
+    assert (len(reads), kernel.calls) == (2, 0)  # one for each dtype, no test
+    registry.OPS["toy"] = dataclasses.replace(registry.OPS["toy"], cuda_first=False)
+    assert choose("toy", GPU, (x, w)) == TRITON
+
+
+def test_cuda_that_is_on_file_as_wrong_is_not_used(unasked, hurried):
+    put_on_file("toy, cuda, failed")
+    with pytest.warns(UserWarning, match="toy, cuda, failed"):
+        assert choose("toy", GPU, hurried[0]) == TRITON
+    assert choose("toy", GPU, hurried[0]) == TRITON
+
+
+def test_cuda_comes_first_once_it_was_tested(unasked, hurried, monkeypatch):
+    """Which was not asked for at first, and then not possible."""
+    arguments, kernel = hurried
+    assert choose("toy", GPU, arguments) == TRITON
+    pk.verify_on_first_use()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert choose("toy", GPU, arguments) == TRITON
+    assert kernel.calls == 0
+    assert choose("toy", GPU, arguments) == CUDA
+    assert kernel.calls > 0
+
+
+def test_each_gpu_has_a_verdict_of_its_own(unasked, hurried, monkeypatch):
+    monkeypatch.setattr(first_use, "architecture", lambda device: f"sm_{90 - 10 * (torch.device(device).index or 0)}")
+    put_on_file(None, "cuda:0")
+    with FakeTensorMode():
+        for gpu, wanted in (("cuda:0", CUDA), ("cuda:1", TRITON), ("cuda:0", CUDA)):
+            inputs = torch.empty(5, 7, device=gpu), torch.empty(7, device=gpu)
+            assert choose("toy", inputs[0].device, inputs) == wanted
+
+
+def test_the_choice_is_a_constant_to_torch_compile(unasked, hurried):
+    put_on_file(None)
+    (x, w), _ = hurried
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w: x * choose("toy", GPU, (x, w)), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, w), x * CUDA)
+    assert torch.equal(compiled(x.half(), w.half()), x.half() * TRITON)
 
 
 def test_it_is_off_unless_asked_for(toy, monkeypatch):

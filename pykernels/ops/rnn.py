@@ -672,6 +672,7 @@ def _declare(function, cell, samples, workloads, supports=None):
         kernel=_rnn_op,
         reference=reference,
         supports={"cpu": lambda *_: None, "triton": triton_declines} | (supports or {}),
+        cuda_first=bool(supports),  # one launch, where Triton has one a step
         samples=samples,
         workloads=workloads,
         differentiable=(
