@@ -9,12 +9,14 @@ architecture, compiler, torch and kernel source.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import threading
@@ -36,7 +38,7 @@ def verify_on_first_use(enable: bool = True) -> None:
     """Test each GPU kernel against its reference before its first use on this machine, and do without what fails.
 
     Off unless called. The first call of an op takes seconds longer, per backend and dtype; later processes find the
-    verdict in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, pykernels/first-use.json), where it holds for the
+    verdict in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, pykernels/first-use), where it holds for the
     GPU's architecture and the versions of the compiler, torch and the kernels. A kernel that fails is replaced by the
     backend that comes after it, at last the PyTorch reference, with one warning; asked for by name (`use_backend`) it
     raises RuntimeError. Not tested while a CUDA graph is being captured.
@@ -87,7 +89,7 @@ def _known(name: str, backend: int, device: torch.device, dtype: torch.dtype, te
     if test and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         known = verdict(name, backend, str(device), dtype)
     else:
-        known = _read().get(_key(name, backend, str(device), dtype), UNTESTED)
+        known = _read(_key(name, backend, str(device), dtype))
     _verdicts[key] = known
     if known is not None and known != UNTESTED:
         warnings.warn(f"pykernels: {known}. It is not used.", stacklevel=5)
@@ -95,14 +97,15 @@ def _known(name: str, backend: int, device: torch.device, dtype: torch.dtype, te
 
 
 def verdict(name: str, backend: int, device: str, dtype: torch.dtype, again: bool = False) -> str | None:
-    """What is wrong with an op's kernels on a device, from the file of verdicts or, if there is none, by a test."""
-    key, known = _key(name, backend, device, dtype), _read()
-    if key in known and not again:
-        return known[key]
+    """What is wrong with an op's kernels on a device, from the verdicts on file or, if there is none, by a test."""
+    key = _key(name, backend, device, dtype)
+    known = UNTESTED if again else _read(key)
+    if known != UNTESTED:
+        return known
     wrong, certain = _test(name, backend, device, dtype)
     reason = wrong and f"{name}, {BACKENDS[backend]}, failed its first-use test on {architecture(device)}: {wrong}"
     if certain:
-        _write({**_read(), key: reason})
+        _write(key, reason)
     return reason
 
 
@@ -136,7 +139,7 @@ def _test(name: str, backend: int, device: str, dtype: torch.dtype) -> tuple[str
     return outcome[0] if outcome else (None, True)
 
 
-# ------------------------------------------------------------------------------------------------ the file of verdicts
+# ------------------------------------------------------------------------------------------------ the verdicts on file
 
 
 def architecture(device: str) -> str:
@@ -165,28 +168,37 @@ def _compiled(backend: int) -> tuple[str, ...]:
     return *versions, hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def cache_file() -> pathlib.Path:
+def cache_folder() -> pathlib.Path:
+    """Of one file for each verdict, so that processes that write at once cost each other none."""
     home = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "pykernels" / "first-use.json"
+    return (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "pykernels" / "first-use"
 
 
-def _read() -> dict[str, str | None]:
+def _file(key: str) -> pathlib.Path:
+    return cache_folder() / f"{re.sub(r'[^A-Za-z0-9_.+-]', ' ', key)}.json"
+
+
+def _read(key: str) -> str | None:
     try:
-        return json.loads(cache_file().read_text())
-    except (OSError, ValueError):  # none yet, or not ours: the test runs again
-        return {}
+        found = json.loads(_file(key).read_text())
+    except (OSError, ValueError, RuntimeError):  # none yet, or not ours: the test runs again; RuntimeError: no home
+        return UNTESTED
+    reason = found.get(key, UNTESTED) if isinstance(found, dict) else UNTESTED
+    return reason if reason is None or isinstance(reason, str) else UNTESTED
 
 
-def _write(verdicts: dict[str, str | None]) -> None:
+def _write(key: str, reason: str | None) -> None:
     """In one piece, whatever other processes write. Where nothing can be written the verdict lasts as long as we do."""
-    file = cache_file()
-    try:
+    with contextlib.suppress(OSError, RuntimeError):
+        file = _file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
-            json.dump(verdicts, new, indent=1)
-        os.replace(new.name, file)
-    except OSError:
-        pass
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".new", delete=False) as new:
+            try:
+                json.dump({key: reason}, new)
+                new.close()
+                os.replace(new.name, file)
+            except OSError:
+                os.unlink(new.name)
 
 
 # ------------------------------------------------------------------------------------------------ command line

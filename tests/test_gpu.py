@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import multiprocessing
 import pathlib
 import warnings
 
@@ -75,11 +77,12 @@ def unasked(verifying):
 
 
 def put_on_file(verdict, device="cpu", dtype=torch.float32):
-    first_use._write({first_use._key("toy", CUDA, device, dtype): verdict})
+    first_use._write(first_use._key("toy", CUDA, device, dtype), verdict)
 
 
 def on_file():
-    return [*json.loads(first_use.cache_file().read_text()).values()]
+    files = sorted(first_use.cache_folder().glob("*"))
+    return [verdict for file in files for verdict in json.loads(file.read_text()).values()]
 
 
 def test_a_wrong_kernel_is_not_used_and_that_is_said_once(verifying, toy, monkeypatch):
@@ -121,7 +124,7 @@ def test_cuda_comes_first_where_it_is_on_file_as_right(unasked, hurried, monkeyp
     put_on_file(None)
     reads = []
     read = first_use._read
-    monkeypatch.setattr(first_use, "_read", lambda: reads.append(1) or read())
+    monkeypatch.setattr(first_use, "_read", lambda key: reads.append(key) or read(key))
     assert [choose("toy", GPU, (x, w)) for _ in range(3)] == [CUDA] * 3
     assert choose("toy", GPU, (x.half(), w.half())) == TRITON
     assert choose("toy", GPU, (x[:, 1:], w[1:])) == TRITON
@@ -183,7 +186,7 @@ def test_what_may_not_happen_again_is_not_kept(verifying, toy):
     arguments = toy(crash)
     with pytest.warns(UserWarning, match="MemoryError: none left"):
         assert choose("toy", GPU, arguments) == REFERENCE
-    assert not first_use.cache_file().exists()
+    assert on_file() == []
 
 
 def test_the_callers_modes_and_numbers_are_its_own(verifying, toy):
@@ -203,6 +206,53 @@ def test_it_runs_while_a_call_is_compiled(verifying, monkeypatch):
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs), op.function(**inputs), rtol=0, atol=0)
     assert on_file() == [None]
+
+
+def write_many(start):
+    for n in range(start, start + 40):
+        first_use._write(f"toy {n}", None if n % 2 else f"wrong {n}")
+
+
+def test_processes_that_write_at_once_lose_nothing(verifying):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_many, args=(40 * n,)) for n in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    found = [first_use._read(f"toy {n}") for n in range(160)]
+    assert found == [None if n % 2 else f"wrong {n}" for n in range(160)]
+    assert len(on_file()) == 160
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{", b"\xff", '{"another": null}', '{"KEY": 3}', '"KEY"', ""])
+def test_a_foreign_file_is_no_verdict(content, verifying, toy):
+    arguments = toy(Counted())
+    key = first_use._key("toy", TRITON, "cpu", torch.float32)
+    file = first_use._file(key)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.replace("KEY", key).encode())
+    assert choose("toy", GPU, arguments) == TRITON
+    assert on_file() == [None]
+
+
+def test_a_full_disk_is_no_failure(verifying, toy, monkeypatch):
+    def dump(verdict, file):
+        file.write("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", dump)
+    assert choose("toy", GPU, toy(Counted())) == TRITON
+    assert [*first_use.cache_folder().iterdir()] == []
+
+
+def test_no_home_is_no_failure(verifying, toy, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(pathlib.Path, "home", home)
+    assert choose("toy", GPU, toy(Counted())) == TRITON
 
 
 def test_a_folder_that_cannot_be_written_is_no_failure(verifying, toy, monkeypatch, tmp_path):
