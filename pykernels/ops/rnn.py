@@ -465,8 +465,7 @@ def _check_weight_hh(cell, weights) -> int:
     """H, which its rows tell."""
     _, weight_hh, _, _, weight_hr = weights
     layout, gates = _WEIGHT_HH[cell], GATES[cell]
-    if not isinstance(weight_hh, Tensor) or weight_hh.is_nested or weight_hh.dim() != 2:
-        expect_tensor(weight_hh, "weight_hh", layout)
+    expect_tensor(weight_hh, "weight_hh", layout)
     rows, P = weight_hh.shape
     H = rows // gates
     if H == 0 or rows % gates:
@@ -492,24 +491,29 @@ def _check_sizes(cell, input, layout, h, c, weights) -> None:
         B = h.size(0)
     else:
         B = input.size(-2)
-    dtype, device = input.dtype, input.device
-    wanted = [(h, state, (B, P)), (weight_ih, "weight_ih", (rows, input.size(-1))), (weight_hh, "weight_hh", (rows, P))]
+    _check_one(h, state, (B, P), input)
+    _check_one(weight_ih, "weight_ih", (rows, input.size(-1)), input)
+    _check_one(weight_hh, "weight_hh", (rows, P), input)
     if cell == LSTM:
-        wanted.append((c, "hx[1]", (B, H)))
+        _check_one(c, "hx[1]", (B, H), input)
     if bias_ih is not None:
-        wanted += (bias_ih, "bias_ih", (rows,)), (bias_hh, "bias_hh", (rows,))
+        _check_one(bias_ih, "bias_ih", (rows,), input)
+        _check_one(bias_hh, "bias_hh", (rows,), input)
     if weight_hr is not None:
-        wanted.append((weight_hr, "weight_hr", (P, H)))
-    for value, name, shape in wanted:
-        try:
-            if value.shape == shape and value.dtype is dtype and value.device == device and value.layout is STRIDED:
-                continue
-        except (AttributeError, RuntimeError):  # no tensor, or a nested one, which has no shape
-            pass
-        sizes = str(list(shape))
-        expect_tensor(value, name, sizes)
-        expect_shape(value, name, shape, "input and weight_hh")
-        expect_alike(value, name, input, "input")
+        _check_one(weight_hr, "weight_hr", (P, H), input)
+
+
+def _check_one(value, name, shape, input) -> None:
+    try:
+        if value.shape == shape and value.dtype is input.dtype and value.device == input.device:
+            if value.layout is STRIDED:
+                return
+    except (AttributeError, RuntimeError):  # no tensor, or a nested one, which has no shape
+        pass
+    sizes = str(list(shape))
+    expect_tensor(value, name, sizes)
+    expect_shape(value, name, shape, "input and weight_hh")
+    expect_alike(value, name, input, "input")
 
 
 def _check_packing(batch_sizes, lengths, resets) -> None:
