@@ -192,7 +192,11 @@ def wants_gradient(*arguments: Any) -> bool:
     """Whether a gradient may be asked of what is made of these."""
     if not torch.compiler.is_compiling() and _transforming():
         return True
-    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
+    if torch.is_grad_enabled():
+        for a in arguments:  # a generator would take as long again
+            if isinstance(a, torch.Tensor) and a.requires_grad:
+                return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ backends
