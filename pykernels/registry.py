@@ -123,7 +123,10 @@ def register(
     name = body.__name__.removeprefix("_")
 
     def run(*arguments):
-        backend = choose(name, next(a.device for a in arguments if isinstance(a, torch.Tensor)), arguments)
+        first = arguments[0]
+        if not isinstance(first, torch.Tensor):
+            first = next(a for a in arguments if isinstance(a, torch.Tensor))
+        backend = choose(name, first.device, arguments)
         if backend == REFERENCE:
             return reference(*arguments)
         _refuse_forward_mode(name, arguments)
@@ -313,14 +316,15 @@ def decline(name: str, backend: int, device: torch.device, arguments: tuple) -> 
 def choose(name: str, device: torch.device, arguments: tuple) -> int:
     """The backend for one call: the one asked for by name, else the device's own, else the reference."""
     override = _selection.override
-    if device.type == "meta":
+    kind = device.type
+    if kind == "meta":
         return REFERENCE if override == REFERENCE else CPU  # shapes alone: the op's fake implementation
     if override != AUTO:
         reason = decline(name, override, device, arguments)
         if reason is not None:
             raise BackendDeclined(f"{name}: backend {BACKENDS[override]!r} cannot run this call: {reason}")
         return override
-    if device.type == "cpu":
+    if kind == "cpu":
         return REFERENCE if decline(name, CPU, device, arguments) else CPU
     # Our CUDA kernels have run on the CPU alone: a GPU that would rather have them has to have tested them itself.
     if OPS[name].cuda_first and decline(name, CUDA, device, arguments) is None and passed(name, CUDA, arguments):
@@ -517,6 +521,8 @@ def triton_declines(first: torch.Tensor, *rest) -> str | None:
 
 def autocast(*tensors: Any) -> tuple:
     """Under autocast, an op's floating arguments go to its dtype together, as torch does for its own kernels."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     first = tensors[0]
     if not isinstance(first, torch.Tensor) or not is_autocast_on(first.device.type):
         return tensors

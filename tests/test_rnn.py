@@ -536,6 +536,61 @@ def test_any_combination_of_options(data):
     assert all(result.ok for result in results), "\n".join(str(r) for r in results if not r.ok)
 
 
+# ------------------------------------------------------------------------------------------------ torch.func
+
+
+OPTIONS = {"lengths": torch.tensor([[4, 0, 2], [1, 2, 3]]), "resets": torch.tensor([True, False, False, True] * 6)}
+
+
+@needs_kernels
+@pytest.mark.parametrize("option", [None, *OPTIONS])
+@pytest.mark.parametrize("name", GATES)
+def test_vmap_of_anything_is_a_loop(name, option):
+    """Over input, state, options, and the weights of an ensemble; of gradients too."""
+    batches = [draw(2, 4, 3, 4).requires_grad_()]
+    batches += [torch.stack([w, 0.5 * w]) for w in layer(name, 4, 6)]
+    batches += tensors(pytree.tree_map(lambda s: torch.stack([s, -s]), state(name, 3, 6)))
+    options = [] if option is None else [OPTIONS[option].view(2, *((3,) if option == "lengths" else (4, 3)))]
+
+    def loss(input, *rest):
+        hx = tuple(rest[4:6]) if name == "lstm" else rest[4]
+        more = {option: rest[-1]} if option else {}
+        return sum(t.square().sum() for t in tensors(getattr(pk, name)(input, hx, *rest[:4], **more)))
+
+    for function in (loss, torch.func.grad(loss, (0, 1, 2))):
+        got = torch.func.vmap(function)(*batches, *options)
+        want = [function(*(t[i] for t in (*batches, *options))) for i in range(2)]
+        agree(tensors(got), [torch.stack(pair) for pair in zip(*map(tensors, want))])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_gradients_of_each_example_of_a_module(name):
+    module = getattr(pk.nn, MODULES[name])(4, 5, num_layers=2, bidirectional=True, dtype=torch.float64)
+    parameters, inputs = dict(module.named_parameters()), draw(2, 6, 3, 4)
+
+    def loss(parameters, input):
+        return sum(t.square().sum() for t in tensors(torch.func.functional_call(module, parameters, input)))
+
+    got = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, inputs)
+    for key, value in got.items():
+        want = [torch.autograd.grad(loss(parameters, input), parameters[key])[0] for input in inputs]
+        torch.testing.assert_close(value, torch.stack(want))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_checks_speak_for_themselves_under_transforms(name):
+    weights, input = layer(name, 4, 6), draw(5, 3, 4)
+
+    def loss(input, lengths):
+        return getattr(pk, name)(input, None, *weights, lengths=lengths)[0].sum()
+
+    for lengths, kind in ((torch.tensor([9, 0, 2]), ValueError), (torch.zeros(3), TypeError)):
+        with pytest.raises(kind, match="lengths: expected"):
+            torch.func.grad(functools.partial(loss, lengths=lengths))(input)
+    with pytest.raises(ValueError, match=r"input: expected rank 3 \[T, B, I\], got \[3, 4\]"):
+        torch.func.vmap(lambda x: getattr(pk, name)(x, None, *weights))(input)
+
+
 # ------------------------------------------------------------------------------------------------ edges
 
 

@@ -46,6 +46,7 @@ from ..rnn_gpu import GATES, GRU, LSTM, RNN_RELU, RNN_TANH
 
 _DTYPES = (torch.float64, *FLOATS)
 STRIDED = torch.strided
+_OPTIONAL = (None, "bias_ih", "bias_hh", "weight_hr")  # None: c, of cells that have none
 _INT64, _BOOL = (torch.int64,), (torch.bool,)
 _WEIGHT_HH = ("[4·H, P]", "[3·H, H]", "[H, H]", "[H, H]")  # of each cell
 
@@ -485,35 +486,33 @@ def _check_sizes(cell, input, layout, h, c, weights) -> None:
     if (bias_ih is None) != (bias_hh is None):
         name = "bias_ih" if bias_ih is None else "bias_hh"
         expect(False, name, "both biases or neither", None)
-    state = "hx[0]" if cell == LSTM else "hx"
+    hidden, carried = ("hx[0]", "hx[1]") if cell == LSTM else ("hx", None)
     if layout == "[total, I]":
-        expect_tensor(h, state, "[B, P]")
+        expect_tensor(h, hidden, "[B, P]")
         B = h.size(0)
     else:
         B = input.size(-2)
-    _check_one(h, state, (B, P), input)
-    _check_one(weight_ih, "weight_ih", (rows, input.size(-1)), input)
-    _check_one(weight_hh, "weight_hh", (rows, P), input)
-    if cell == LSTM:
-        _check_one(c, "hx[1]", (B, H), input)
-    if bias_ih is not None:
-        _check_one(bias_ih, "bias_ih", (rows,), input)
-        _check_one(bias_hh, "bias_hh", (rows,), input)
-    if weight_hr is not None:
-        _check_one(weight_hr, "weight_hr", (P, H), input)
-
-
-def _check_one(value, name, shape, input) -> None:
-    try:
-        if value.shape == shape and value.dtype is input.dtype and value.device == input.device:
-            if value.layout is STRIDED:
-                return
-    except (AttributeError, RuntimeError):  # no tensor, or a nested one, which has no shape
-        pass
-    sizes = str(list(shape))
-    expect_tensor(value, name, sizes)
-    expect_shape(value, name, shape, "input and weight_hh")
-    expect_alike(value, name, input, "input")
+    dtype, device = input.dtype, input.device
+    for value, name, shape in (
+        (h, hidden, (B, P)),
+        (c, carried, (B, H)),
+        (weight_ih, "weight_ih", (rows, input.size(-1))),
+        (weight_hh, "weight_hh", (rows, P)),
+        (bias_ih, "bias_ih", (rows,)),
+        (bias_hh, "bias_hh", (rows,)),
+        (weight_hr, "weight_hr", (P, H)),
+    ):
+        if value is None and name in _OPTIONAL:
+            continue
+        try:
+            if value.shape == shape and value.dtype is dtype and value.device == device and value.layout is STRIDED:
+                continue
+        except (AttributeError, RuntimeError):  # no tensor, or a nested one, which has no shape
+            pass
+        sizes = str(list(shape))
+        expect_tensor(value, name, sizes)
+        expect_shape(value, name, shape, "input and weight_hh")
+        expect_alike(value, name, input, "input")
 
 
 def _check_packing(batch_sizes, lengths, resets) -> None:
