@@ -576,8 +576,8 @@ def _plan(query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed
 
 
 def _softcap_kind(softcap):
-    """0: none; 2: so large that it would multiply the cancellation of a tanh near 0"""
-    return (softcap > 0) + (softcap > 256)
+    """False: none; 2: so large that it would multiply the cancellation of a tanh near 0; else True"""
+    return 2 if softcap > 256 else softcap > 0
 
 
 def scratch_size(query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed):
