@@ -7,11 +7,14 @@ describes the public function: reference, samples, workloads, which backends ser
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import inspect
 import os
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -25,6 +28,8 @@ AUTO, REFERENCE, CPU, TRITON, CUDA = range(5)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: its kernels then run on CPU tensors
 ON_HOST = native.cuda_on_host()  # so do the CUDA kernels, compiled for the CPU
+
+NO_FORWARD_MODE = '{name}: forward-mode differentiation is not supported; within use_backend("reference") it is'
 
 Inputs = dict[str, Any]  # the public function's arguments by name
 P = ParamSpec("P")
@@ -81,6 +86,12 @@ class Op:
         return (self.function.__doc__ or "").strip().split("\n")[0]
 
 
+def constant(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, which imports Dynamo: as long as torch itself. It leaves this mark."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 OPS: dict[str, Op] = {}
 
 
@@ -113,25 +124,33 @@ def register(
         backend = choose(name, next(a.device for a in arguments if isinstance(a, torch.Tensor)), arguments)
         if backend == REFERENCE:
             return reference(*arguments)
-        if torch.compiler.is_compiling() or _may_need_gradient(arguments):
+        _refuse_forward_mode(name, arguments)
+        if torch.compiler.is_compiling() or wants_gradient(*arguments):
             return kernel(*arguments, backend)
         with torch._C._AutoDispatchBelowAutograd():  # an autograd formula in Python costs 7 µs a call even unused
             return kernel(*arguments, backend)
 
-    def bind(runner: Callable) -> Callable[P, R]:
+    signature = inspect.signature(body)
+    signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def bind(runner: Callable, module: str) -> Callable[P, R]:
         @functools.wraps(body)
         def function(*args: P.args, **kwargs: P.kwargs) -> R:
-            return body(runner, *args, **kwargs)
+            try:
+                return body(runner, *args, **kwargs)
+            except TypeError:
+                _explain_call(name, signature, args, kwargs)
+                raise
 
-        signature = inspect.signature(body)
-        function.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        function.__signature__ = signature
         function.__name__ = function.__qualname__ = name
+        function.__module__ = module  # where pickle finds it
         return function
 
     OPS[name] = Op(
         name=name,
-        function=bind(run),
-        reference=bind(reference),
+        function=bind(run, "pykernels"),
+        reference=bind(reference, "pykernels.reference"),
         body=body,
         kernel=kernel,
         supports=supports,
@@ -144,88 +163,161 @@ def register(
     return OPS[name].function
 
 
-def _may_need_gradient(arguments: tuple) -> bool:
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True  # its wrappers hide what is inside
-    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
+def _explain_call(name: str, signature: inspect.Signature, args: tuple, kwargs: dict) -> None:
+    """TypeError in the caller's words if the arguments do not fit the signature."""
+    unknown = [argument for argument in kwargs if argument not in signature.parameters]
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        near = difflib.get_close_matches(unknown[0], signature.parameters, 1, 0.4) if unknown else []
+        raise TypeError(f"{name}() {error}{f'; did you mean {near[0]!r}?' if near else ''}") from None
+
+
+def _transforming() -> bool:
+    """Whether a transform of torch.func is at work, whose wrappers hide what is inside."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@constant
+def _tracing_gradient() -> bool:
+    """Whether torch.compile is within a transform of torch.func other than vmap, which loops over what it traced."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack)
+
+
+def wants_gradient(*arguments: Any) -> bool:
+    """Whether a gradient may be asked of what is made of these."""
+    if not torch.compiler.is_compiling() and _transforming():
+        return True
+    if torch.is_grad_enabled():
+        for a in arguments:  # a generator would take as long again
+            if isinstance(a, torch.Tensor) and a.requires_grad:
+                return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ backends
 
-_override = AUTO
 verify: Callable[[str, int, tuple], str | None] | None = None  # first_use.py's, where the user asked for it
 
 
+class _Level:
+    """What was selected outside every `with` (owner None), or within that of one use_backend."""
+
+    def __init__(self, owner: use_backend | None, backend: int):
+        self.owner = owner
+        self.calls: list[tuple[Callable, int]] = [(lambda: None, backend)]  # (their use_backend or None, backend)
+
+    def add(self, call: use_backend, backend: int) -> None:
+        """A call, which a `with` may yet take back. Of calls whose objects are gone only the last still matters."""
+        self.calls.append((weakref.ref(call), backend))
+        self.calls = [
+            one for one, after in zip(self.calls, [*self.calls[1:], self.calls[-1]]) if one[0]() or after[0]()
+        ]
+
+    def take_back(self, call: use_backend) -> None:
+        self.calls = [one for one in self.calls if one[0]() is not call]
+
+
+class _Selection(threading.local):
+    """Of one thread. torch.compile guards on `override`, read in the thread that calls."""
+
+    def __init__(self):
+        self.override = AUTO
+        self.levels = [_Level(None, AUTO)]
+
+    def settle(self) -> None:
+        self.override = self.levels[-1].calls[-1][1]
+
+
+_selection = _Selection()
+
+
 class use_backend:
-    """Select a backend by name, for good or within `with`; "auto" chooses by device and inputs.
+    """Select a backend by name in this thread: from now on (called), or within `with`. "auto" chooses by device.
+
+    As torch.set_grad_enabled, it is in force from the call on: until the `with` around the call ends, if there is one.
+    One object may be entered several times, also at once, and blocks that overlap may end in any order.
 
     Raises ValueError for an unknown name. A backend that cannot run a call raises RuntimeError at that call.
-    Under torch.compile the choice is part of the guard: changing it recompiles.
+    Under torch.compile the choice is part of the guard: changing it recompiles. It is made outside of what is compiled.
     """
 
     def __init__(self, name: str):
-        global _override
         if name not in BACKENDS:
             raise ValueError(f"name: expected one of {', '.join(BACKENDS)}, got {name!r}")
-        self._previous = _override
-        _override = BACKENDS.index(name)
+        if torch.compiler.is_dynamo_compiling():  # in this thread
+            raise RuntimeError("use_backend: expected to be called outside of the function that torch.compile traces")
+        self._backend = BACKENDS.index(name)
+        _selection.levels[-1].add(self, self._backend)
+        _selection.settle()
 
     def __enter__(self) -> None:
-        pass
+        for level in _selection.levels:
+            level.take_back(self)
+        _selection.levels.append(_Level(self, self._backend))
+        _selection.settle()
 
     def __exit__(self, *_) -> None:
-        global _override
-        _override = self._previous
+        levels = _selection.levels
+        last = max((place for place, level in enumerate(levels) if level.owner is self), default=None)
+        if last is None:
+            raise RuntimeError("use_backend: expected to be left in the thread that entered it")
+        del levels[last]
+        _selection.settle()
 
 
-@torch.compiler.assume_constant_result
-def unavailable(backend: int, device_type: str) -> str | None:
-    """Why a backend cannot run on this machine's devices of that type, or None if it can."""
-    return _unavailable(backend, device_type)
+@constant
+def unavailable(backend: int, device: torch.device | str) -> str | None:
+    """Why a backend cannot run on that device, or None if it can. "cuda" is the current one."""
+    return _unavailable(backend, native.device(device) if isinstance(device, str) else device)
 
 
 @functools.cache
-def _unavailable(backend: int, device_type: str) -> str | None:
+def _unavailable(backend: int, device: torch.device) -> str | None:
     if backend == REFERENCE:
         return None
     if backend == CPU:
-        return "it runs on CPU tensors" if device_type != "cpu" else native.missing()
+        return "it runs on CPU tensors" if device.type != "cpu" else native.missing()
     if backend == TRITON:
         try:
             importlib.import_module("triton")
         except ImportError as error:
             return f"triton cannot be imported ({error})"
-        if device_type == "cpu":
+        if device.type == "cpu":
             return None if INTERPRET else "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 first"
-        if device_type != "cuda" or not torch.cuda.is_available():
+        if device.type != "cuda" or not torch.cuda.is_available():
             return "torch sees no GPU"
-        if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
         return None
-    return native.cuda_missing(device_type)
+    return native.cuda_missing(device)
 
 
-def decline(name: str, backend: int, device_type: str, arguments: tuple) -> str | None:
+def decline(name: str, backend: int, device: torch.device, arguments: tuple) -> str | None:
     """Why a backend cannot serve a call with these kernel arguments, or None if it can."""
     if backend == REFERENCE:
         return None
     supports = OPS[name].supports.get(BACKENDS[backend])
     if supports is None:
         return f"{name} has no {BACKENDS[backend]} kernel"
-    reason = unavailable(backend, device_type) or supports(*arguments)
+    reason = unavailable(backend, device) or supports(*arguments)
     return verify(name, backend, arguments) if reason is None and verify else reason
 
 
 def choose(name: str, device: torch.device, arguments: tuple) -> int:
     """The backend for one call: the one asked for by name, else the device's own, else the reference."""
-    if _override != AUTO:
-        reason = decline(name, _override, device.type, arguments)
+    override = _selection.override
+    if device.type == "meta":
+        return REFERENCE if override == REFERENCE else CPU  # shapes alone: the op's fake implementation
+    if override != AUTO:
+        reason = decline(name, override, device, arguments)
         if reason is not None:
-            raise BackendDeclined(f"{name}: backend {BACKENDS[_override]!r} cannot run this call: {reason}")
-        return _override
+            raise BackendDeclined(f"{name}: backend {BACKENDS[override]!r} cannot run this call: {reason}")
+        return override
     # CUDA kernels have run on the CPU alone so far: until a device has checked and timed them they are had by name.
     for backend in (CPU,) if device.type == "cpu" else (TRITON,):
-        if decline(name, backend, device.type, arguments) is None:
+        if decline(name, backend, device, arguments) is None:
             return backend
     return REFERENCE
 
@@ -273,7 +365,45 @@ def torch_op(
         if INTERPRET or ON_HOST:
             _share_cpu_key(name, run)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.pykernels, name).default
+    op = getattr(torch.ops.pykernels, name).default
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            if _tracing_gradient():
+                raise NotImplementedError(f"{name}: torch.compile cannot trace its torch.func.grad: call that eagerly")
+            return op(*args)
+        return transformed.apply(*args) if _transforming() else op(*args)
+
+    transformed = _transformed(name, call, setup_context, backward)
+    call.op = op
+    return call
+
+
+def _transformed(name: str, call: Callable, save: Callable, gradient: Callable) -> type[torch.autograd.Function]:
+    """The op under torch.func: the same gradient, and vmap as a loop over the examples."""
+
+    class Transformed(torch.autograd.Function):
+        forward = staticmethod(call)
+        setup_context = staticmethod(save)
+        backward = staticmethod(gradient)
+
+        @staticmethod
+        def jvp(ctx, *_):
+            raise NotImplementedError(NO_FORWARD_MODE.format(name=name))
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            def example(b):
+                return (a if dim is None else a.select(dim, b) for a, dim in zip(args, in_dims))
+
+            results = [call(*example(b)) for b in range(info.batch_size)]
+            if isinstance(results[0], torch.Tensor):
+                return torch.stack(results), 0
+            stacked = tuple(map(torch.stack, zip(*results)))
+            return stacked, (0,) * len(stacked)
+
+    Transformed.__name__ = Transformed.__qualname__ = name
+    return Transformed
 
 
 def on_own_device(implementation: Callable, args: tuple):
@@ -317,6 +447,8 @@ def second_order(
     def differentiable(t):
         return t is not None and t.is_floating_point()
 
+    if _transforming():
+        return _transformed_second_order(function, primals, grads, cotangents)
     with torch.enable_grad():
         primals, grads = [*map(fresh, primals)], [*map(fresh, grads)]
         inputs = [*grads, *primals]
@@ -337,6 +469,37 @@ def second_order(
     return [next(found) if differentiable(t) else None for t in inputs]
 
 
+def _transformed_second_order(function, primals, grads, cotangents):
+    """second_order under torch.func, whose levels torch.autograd.grad does not know."""
+
+    def is_float(t):
+        return t is not None and t.is_floating_point()
+
+    floats = [place for place, p in enumerate(primals) if is_float(p)]
+    given = [place for place, g in enumerate(grads) if g is not None]
+    asked = [i for i, place in enumerate(floats) if cotangents[place] is not None]
+
+    def forward(*values):
+        outputs = function(*(values[floats.index(i)] if i in floats else p for i, p in enumerate(primals)))
+        return tuple(outputs[place] for place in given)
+
+    def first(values, seeds):
+        found = torch.func.vjp(forward, *values)[1](seeds)
+        return tuple(found[i] for i in asked)
+
+    results = [None] * (len(grads) + len(primals))
+    if given and asked:
+        seeds = tuple(grads[place] for place in given)
+        gradients, pullback = torch.func.vjp(first, tuple(primals[place] for place in floats), seeds)
+        directions = tuple(cotangents[floats[i]].to(g.dtype) for i, g in zip(asked, gradients))
+        for_values, for_seeds = pullback(directions)
+        for place, value in zip(given, for_seeds):
+            results[place] = value
+        for place, value in zip(floats, for_values):
+            results[len(grads) + place] = value
+    return results
+
+
 def triton_declines(first: torch.Tensor, *rest) -> str | None:
     """`supports` of a Triton kernel that takes whatever Triton does; `first` has the dtype of all floats."""
     if first.dtype == torch.float64 and not INTERPRET:
@@ -349,7 +512,7 @@ def triton_declines(first: torch.Tensor, *rest) -> str | None:
 def autocast(*tensors: Any) -> tuple:
     """Under autocast, an op's floating arguments go to its dtype together, as torch does for its own kernels."""
     first = tensors[0]
-    if not isinstance(first, torch.Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, torch.Tensor) or not is_autocast_on(first.device.type):
         return tensors
     floats = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if any(t.dtype == torch.float64 for t in floats) or not first.is_floating_point():
@@ -358,9 +521,20 @@ def autocast(*tensors: Any) -> tuple:
     return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors)
 
 
-def refuse_forward_mode(name: str, tensors: Iterable[Any]) -> None:
+def is_autocast_on(device_type: str) -> bool:
+    """torch.is_autocast_enabled, which raises for devices that have none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _refuse_forward_mode(name: str, arguments: tuple) -> None:
     """torch gives custom ops without a rule a zero tangent, silently; we raise instead."""
     if torch.autograd.forward_ad._current_level >= 0:
-        for tensor in tensors:
+        for tensor in arguments:
             if isinstance(tensor, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-                raise NotImplementedError(f"{name}: forward-mode differentiation is not supported")
+                raise NotImplementedError(
+                    f'{name}: forward-mode differentiation is not supported; within use_backend("reference") it is'
+                )
+
+
+def refuse_forward_mode(name: str, tensors: Iterable[Any]) -> None:
+    _refuse_forward_mode(name, tuple(tensors))

@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from cuda_host import build, host
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pykernels as pk
-from pykernels.check import bind_gradient, compare_sample, differentiate, evaluate, float_leaves, is_float
+from pykernels.check import bind_gradient, compare_sample, cotangents, differentiate, evaluate, float_leaves, is_float
 from pykernels.registry import BACKENDS, CPU, CUDA, INTERPRET, OPS, TRITON, BackendDeclined, unavailable
 
 ON_HOST = bool(host.MODE)
@@ -181,8 +182,8 @@ def test_opcheck(op, dtype, sample):
     call, _ = bind_gradient(body, sample.make(dtype, "cpu"), op.differentiable)
     with pytest.raises(StopIteration):
         call()
-    calls = [(op.kernel, (*arguments, CPU))]
-    if not isinstance(op.kernel, torch._ops.OpOverload):  # it is made of several
+    calls = [(getattr(op.kernel, "op", None), (*arguments, CPU))]
+    if not hasattr(op.kernel, "op"):  # it is made of several
         with Recorder() as recorder, torch.no_grad():
             op.kernel(*arguments, CPU)
         calls = [(kernel, pytree.tree_map(leaf_again, args)) for kernel, args, _ in recorder.calls]
@@ -236,3 +237,153 @@ def test_compile_without_graph_breaks(op, dtype, sample):
     expected = op.function(**inputs)
     torch.manual_seed(0)
     torch.testing.assert_close(compiled(**inputs), expected, rtol=0, atol=0, equal_nan=True)
+
+
+# ------------------------------------------------------------------------------------------------ what surrounds a call
+
+
+def few(op):
+    """Every ninth sample with gradients and numbers in it."""
+    samples = [s for s in op.samples if op.differentiable and 0 < size(s) <= 20000]
+    return samples[::9]
+
+
+def checkpointed(how, call):
+    """call() with nothing kept between its passes, or kept elsewhere."""
+    checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    if how == "reentrant":
+        trigger = torch.ones((), requires_grad=True)  # which reentrant checkpointing looks for among the arguments
+        return torch.utils.checkpoint.checkpoint(lambda _: call(), trigger, use_reentrant=True)
+    if how == "nested":
+        return checkpoint(lambda: checkpoint(call))
+    if how == "selective":
+        found = [getattr(torch.ops.pykernels, name) for name in dir(torch.ops.pykernels)]
+        keep = [packet.default for packet in found if isinstance(packet, torch._ops.OpOverloadPacket)]
+        contexts = torch.utils.checkpoint.create_selective_checkpoint_contexts
+        return checkpoint(call, context_fn=functools.partial(contexts, keep))
+    if how == "on the CPU":
+        with torch.autograd.graph.save_on_cpu():
+            return call()
+    return checkpoint(call)
+
+
+@over(dtypes=("fp32", "bf16"), samples=few)
+@pytest.mark.skipif(INTERPRET, reason="the gradient's formula does not depend on the backend")
+def test_checkpointing_gives_the_same_bits(op, dtype, sample):
+    function, leaves = bind_gradient(op.function, sample.make(dtype, "cpu"), op.differentiable)
+
+    def call():
+        return tuple(float_leaves(function()))
+
+    def run(how=None):
+        torch.manual_seed(3)
+        for leaf in leaves.values():
+            leaf.grad = None
+        outputs = checkpointed(how, call) if how else call()
+        pairs = [(out, given) for out, given in zip(outputs, cotangents(outputs)) if out.requires_grad]
+        torch.autograd.backward(*zip(*pairs))
+        return [*outputs, *(leaf.grad for leaf in leaves.values())]
+
+    expected = run()
+    for how in ("reentrant", "non-reentrant", "nested", "selective", "on the CPU"):
+        for value, wanted in zip(run(how), expected, strict=True):
+            if wanted is not None:
+                assert torch.equal(value.nan_to_num(1e30), wanted.nan_to_num(1e30)), how
+
+
+def arguments_by_sample(op):
+    """(sample, argument) for each differentiable argument of an op, in the first sample that has it."""
+    found = {}
+    for sample in op.samples:
+        inputs = sample.make(torch.float32, "cpu")
+        for name in op.differentiable:
+            if any(leaf.numel() for leaf in float_leaves(inputs.get(name))):
+                found.setdefault(name, sample)
+    return [(sample, name) for name, sample in found.items()]
+
+
+@pytest.mark.parametrize(
+    ("op", "sample", "name"),
+    [
+        pytest.param(op, sample, name, id=f"{op.name}-{name}")
+        for op in OPS.values()
+        for sample, name in arguments_by_sample(op)
+    ],
+)
+@pytest.mark.skipif(INTERPRET, reason="the refusal does not depend on the backend")
+def test_forward_mode_is_refused_or_right(op, sample, name):
+    """A zero tangent would be silence: the kernels raise for every argument, the reference has the derivative."""
+    inputs = sample.make(torch.float64, "cpu")
+    leaves, spec = pytree.tree_flatten(inputs[name])
+
+    def function(run, *values):
+        torch.manual_seed(1)
+        outputs = float_leaves(run(**inputs | {name: pytree.tree_unflatten(values, spec)}))
+        return tuple(out for out in outputs if not out.isinf().any())
+
+    given = tuple(torch.randn_like(leaf) for leaf in leaves)
+    with pytest.raises(NotImplementedError, match="forward-mode differentiation is not supported"):
+        torch.func.jvp(functools.partial(function, op.function), tuple(leaves), given)
+    reference = functools.partial(function, op.reference)
+    _, tangents = torch.func.jvp(reference, tuple(leaves), given)
+    expected = torch.autograd.functional.jvp(reference, tuple(leaves), given)[1]
+    for tangent, other in zip(tangents, expected, strict=True):
+        torch.testing.assert_close(tangent, other, atol=1e-8, rtol=1e-6)
+    assert any(tangent.count_nonzero() for tangent in tangents)
+
+
+@over(dtypes=("fp32", "bf16"))
+@pytest.mark.skipif(INTERPRET, reason="shapes do not depend on the backend")
+def test_meta_tensors(op, dtype, sample):
+    """They give the shapes and dtypes of real ones, and a default device of theirs does not harm real ones."""
+    inputs = sample.make(dtype, "cpu")
+    on_meta = lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value
+    expected = pytree.tree_leaves(op.function(**inputs))
+    with torch.device("meta"):
+        real = pytree.tree_leaves(op.function(**inputs))
+    for got, wanted in zip(real, expected, strict=True):
+        assert got.device == wanted.device
+        assert got.shape == wanted.shape
+    for got, wanted in zip(pytree.tree_leaves(op.function(**kept(inputs, on_meta))), expected, strict=True):
+        assert got.device.type == "meta"
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+
+
+def kept(inputs, change):
+    """All inputs changed but those that are on the CPU by contract."""
+    return {name: value if name == "batch_sizes" else pytree.tree_map(change, value) for name, value in inputs.items()}
+
+
+@over(dtypes=("fp64",), samples=lambda op: [s for s in few(op) if size(s) <= 3000])
+@pytest.mark.skipif(INTERPRET, reason="vmap calls the op as often as it is called here")
+def test_transforms_of_torch_func(op, dtype, sample):
+    """grad, vmap of grad, jacrev and grad of grad, against the reference under the same transforms."""
+    inputs = sample.make(torch.float64, "cpu")
+    if any(isinstance(value, float) and value for name, value in inputs.items() if name == "dropout_p"):
+        pytest.skip("vmap refuses random numbers unless told how to draw them")
+    names = [name for name in op.differentiable if float_leaves(inputs.get(name))]
+    given = {name: inputs[name] for name in names}
+
+    seeds = cotangents(float_leaves(op.reference(**inputs)))
+
+    def loss(run, given):
+        outputs = float_leaves(run(**inputs | given))
+        return sum((out.masked_fill(out.isinf(), 0) * seed).sum() for out, seed in zip(outputs, seeds, strict=True))
+
+    def slope(f):  # of the gradient, along the point itself: the second order
+        dot = lambda gradient: sum(
+            (g * v).sum() for g, v in zip(pytree.tree_leaves(gradient), pytree.tree_leaves(given))
+        )
+        return torch.func.grad(lambda point: dot(torch.func.grad(f)(point)))(given)
+
+    ours, theirs = functools.partial(loss, op.function), functools.partial(loss, op.reference)
+    stacked = pytree.tree_map(lambda leaf: torch.stack([leaf, 0.5 * leaf]), given)
+    for transform in (
+        lambda f: torch.func.grad(f)(given),
+        lambda f: torch.func.vmap(torch.func.grad(f))(stacked),
+        lambda f: torch.func.jacrev(f)(given),
+        slope,
+    ):
+        results = [pytree.tree_leaves(transform(f)) for f in (ours, theirs)]
+        for value, expected in zip(*results, strict=True):
+            torch.testing.assert_close(value, expected, atol=1e-9, rtol=1e-7)
