@@ -62,24 +62,30 @@ def reference(
     if block_table is not None:
         key, value = (t[block_table.clamp(0, len(t) - 1)].transpose(1, 2).flatten(2, 3) for t in (key, value))
     N, M, groups = query.size(2), key.size(2), query.size(1) // max(key.size(1), 1)
-    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    scores = scale * query @ key.mT  # [B, H, N, M]
-    if softcap:
-        scores = softcap * (scores / softcap).tanh()
-
     position, column = (torch.arange(n, device=query.device) for n in (N, M))
     allowed = torch.ones((), dtype=torch.bool, device=query.device)
+    # Rows that no sequence owns may hold NaN, and 0 · NaN is NaN: they are zeroed before anything is multiplied.
+    owned = allowed  # queries, [N] or []
     if cu_seqlens_q is not None:
         of_row, position, length_q = _locate(position, cu_seqlens_q)
         of_column, column, length_k = _locate(column, cu_seqlens_k)
         position = position + (length_k - length_q)[of_row]
-        allowed = (of_row[:, None] == of_column) & (of_row < len(cu_seqlens_q) - 1)[:, None]
+        owned, valid = (sequence < len(cu_seqlens_q) - 1 for sequence in (of_row, of_column))
+        allowed = (of_row[:, None] == of_column) & owned[:, None]
+        query, key, value = (_zero_rows(t, own) for t, own in ((query, owned), (key, valid), (value, valid)))
     elif align_lengths:
         position = position + (key_lengths.clamp(0, M) - N)[:, None, None]
     else:
         position = position + (M - N)
     if key_lengths is not None:
-        allowed = allowed & (column < key_lengths[:, None, None, None])
+        valid = column < key_lengths[:, None, None]  # [B, 1, M]
+        allowed = allowed & valid[..., None, :]
+        key, value = _zero_rows(key, valid), _zero_rows(value, valid)
+
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = scale * query @ key.mT  # [B, H, N, M]
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     distance = position[..., None] - column
     if window_left >= 0:
         allowed = allowed & (distance <= window_left)
@@ -95,12 +101,18 @@ def reference(
 
     empty = (scores == -math.inf).all(-1, keepdim=True)  # such a row is kept away from the softmax: its gradient is NaN
     scores = scores.masked_fill(empty, 0)
-    lse = scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
+    # Less the maximum, which a sum of huge scores would round to: its gradient, e^(S − lse), would not add up to 1.
+    top = scores.detach().amax(-1, keepdim=True) if M else torch.zeros_like(empty, dtype=scores.dtype)
+    lse = ((scores - top).logsumexp(-1) + top[..., 0]).masked_fill(empty[..., 0], -math.inf)
     weights = scores.softmax(-1).masked_fill(empty, 0)
     if dropout_p:
         keep = dropout_keep(seed, dropout_p, weights.shape)
         weights = torch.where(keep, weights / (1 - dropout_p), 0)
-    return weights.to(value.dtype) @ value, lse.to(_statistics_dtype(query))
+    return _zero_rows(weights.to(value.dtype) @ value, owned), lse.to(_statistics_dtype(query))
+
+
+def _zero_rows(t: Tensor, keep: Tensor) -> Tensor:
+    return torch.where(keep[..., None], t, 0)
 
 
 def _locate(index: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,7 +236,7 @@ def _triton_backward(*arguments):
     kernels.backward(
         *arguments[:-3],
         *(*grads, grad_bias if needs_bias else None, slopes_by_row),
-        scratch=lse.new_empty(2, *lse.shape),
+        scratch=lse.new_empty(3, *lse.shape),
     )
     if needs_slopes:
         grad_slopes = slopes_by_row.sum(-1).sum_to_size(grad_slopes.shape)
@@ -577,11 +589,12 @@ def _check_softcap(softcap) -> float:
 
 def _dense(
     B, H, N, M, D, *, Hk=None, Dv=None, bias=None, slopes=None, lengths=None, layout="bhnd", size=1.0, shift=None,
-    **options,
+    coarse=False, **options,
 ):  # fmt: skip
     """make(dtype, device) for `attention`. bias: (kind, shape); slopes: shape; size: multiplies the query.
 
-    shift: (by row, by key): what their product adds to the scores.
+    shift: (by row, by key): what their product adds to the scores, up to the dtype's largest number. coarse: values of
+    few bits, so that a row that sees one key has dP = Δ in any order of summation, and 0 · 1e38 is 0.
     """
 
     def make(dtype, device):
@@ -596,12 +609,21 @@ def _dense(
 
         inputs = dict(query=size * draw(H, N, D), key=draw(Hk or H, M, D), value=draw(Hk or H, M, Dv or D), **options)
         if shift is not None:
-            inputs["query"][..., 0], inputs["key"][..., 0] = (f.to(device) for f in shift)
+            most = 0.9 * torch.finfo(dtype).max ** 0.5
+            inputs["query"][..., 0], inputs["key"][..., 0] = (f.double().clamp(-most, most).to(device) for f in shift)
+        if coarse:
+            inputs["value"] = _round_coarsely(inputs["value"])
         statistics = _statistics_dtype(inputs["query"])
         if bias is not None:
             kind, shape = bias
             if kind == "bool":
                 inputs["bias"] = torch.rand(shape, device=device) < 0.7
+            elif isinstance(kind, float):  # a mask that is not -inf: all but the last third of the keys
+                masked = torch.arange(shape[-1], device=device) < shape[-1] * 2 // 3
+                inputs["bias"] = masked.expand(shape).to(dtype) * max(kind, torch.finfo(dtype).min)
+            elif kind == "lowest":  # some keys of all rows, and all keys of some rows
+                inputs["bias"] = torch.zeros(shape, dtype=dtype, device=device)
+                inputs["bias"][..., shape[-1] // 2 :] = inputs["bias"][..., ::3, :] = torch.finfo(dtype).min
             else:
                 inputs["bias"] = torch.randn(shape, dtype=statistics if kind == "fp32" else dtype, device=device)
             if kind == "inf":
@@ -610,24 +632,39 @@ def _dense(
             inputs["alibi_slopes"] = torch.rand(slopes, dtype=statistics, device=device)
         if lengths is not None:
             inputs["key_lengths"] = torch.tensor(lengths, device=device)
+            _spoil_beyond(inputs["key"], inputs["value"], lengths)
         return inputs
 
     return make
 
 
-def _packed(lengths_q, lengths_k, H, D, *, Hk=None, Dv=None, spare=0, **options):
-    """make(dtype, device) for `varlen_attention`; `spare` rows at the end belong to no sequence."""
+def _spoil_beyond(key: Tensor, value: Tensor, lengths) -> None:
+    """Unused memory may hold anything, NaN and infinities too."""
+    for b, length in enumerate(lengths):
+        key[b, :, length:], value[b, :, length:] = math.nan, math.inf
+
+
+def _round_coarsely(t: Tensor) -> Tensor:
+    return (4 * t).round() / 4
+
+
+def _packed(lengths_q, lengths_k, H, D, *, Hk=None, Dv=None, spare=0, coarse=False, **options):
+    """make(dtype, device) for `varlen_attention`; `spare` rows at the end belong to no sequence, and hold NaN."""
 
     def make(dtype, device):
         def offsets(lengths):
             return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
 
         def draw(lengths, heads, width):
-            return torch.randn(sum(lengths) + spare, heads, width, dtype=dtype, device=device)
+            rows = torch.randn(sum(lengths) + spare, heads, width, dtype=dtype, device=device)
+            rows[sum(lengths) :] = math.nan
+            return rows
 
         inputs = dict(query=draw(lengths_q, H, D))
         other = lengths_q if lengths_k is None else lengths_k
         inputs |= dict(key=draw(other, Hk or H, D), value=draw(other, Hk or H, Dv or D))
+        if coarse:
+            inputs["value"] = _round_coarsely(inputs["value"])
         inputs |= dict(cu_seqlens_q=offsets(lengths_q), cu_seqlens_k=lengths_k and offsets(lengths_k))
         return inputs | options
 
@@ -640,6 +677,7 @@ def _cached(B, H, n, S, D, lengths, *, Hk=None, Dv=None, page=None, **options):
     def make(dtype, device):
         block_table = None
         caches = [torch.randn(B, Hk or H, S, width, dtype=dtype, device=device) for width in (D, Dv or D)]
+        _spoil_beyond(*caches, lengths if len(lengths) == B else lengths * B)
         if page is not None:
             pages = B * S // page
             order = torch.randperm(pages, device=device)
@@ -667,6 +705,8 @@ _ONE_KEY = 4.0
 _NO_FMA = 4.0 if INTERPRET else 1.0
 
 _LARGE = (1e4 * (-1.0) ** torch.arange(40), torch.ones(70))
+_HUGE = (1e19 * (-1.0) ** torch.arange(40), 1e19 * torch.linspace(-1, 1, 150))
+_HUGE_EQUAL = (1e19 * (-1.0) ** torch.arange(40), torch.full((150,), 1e19))
 _GROWING = (torch.full((20,), 35.0), torch.linspace(0, 1, 300))  # the running maximum rises with every tile
 
 # Where softmax cannot move (one key, a bias that shifts whole rows) the exact gradient is 0 and any rounding error is
@@ -717,6 +757,17 @@ _attention_samples = [
     Sample("dropout, grouped, causal", _dense(1, 4, 45, 70, 16, Hk=2, dropout_p=0.1, causal=True, return_lse=True)),
     Sample("scores of ±1e4", _dense(1, 2, 40, 70, 16, shift=_LARGE, scale=1.0), _NO_FMA),
     Sample("scores that grow along the keys", _dense(1, 2, 20, 300, 16, shift=_GROWING, scale=1.0), _NO_FMA),
+    Sample("scores of ±1e38, one key a row", _dense(1, 2, 40, 150, 16, shift=_HUGE, scale=1.0, coarse=True)),
+    Sample("scores of ±1e38 and a mask", _dense(1, 1, 40, 150, 8, shift=_HUGE, bias=("bool", (40, 150)), coarse=True)),
+    Sample("scale of 1e-30", _dense(1, 2, 20, 50, 16, scale=1e-30, return_lse=True)),
+    Sample("mask of -1e10", _dense(1, 2, 40, 200, 16, bias=(-1e10, (40, 200)), return_lse=True)),
+    Sample("mask of -1e38, one query", _dense(2, 2, 1, 300, 16, bias=(-1e38, (1, 300)), return_lse=True)),
+    Sample("mask of -1e38 over keys, causal", _dense(1, 2, 70, 150, 16, bias=(-1e38, (1, 150)), causal=True)),
+    Sample("mask of the lowest number", _dense(2, 2, 34, 150, 16, bias=("lowest", (2, 1, 34, 150)))),
+    # Of more numbers than finite differences are asked for, which vanish beside a huge one.
+    Sample("mask of the lowest number, lse", _dense(1, 2, 34, 90, 16, bias=("lowest", (34, 90)), return_lse=True)),
+    Sample("softcap of 1e30", _dense(1, 2, 20, 50, 16, softcap=1e30)),
+    Sample("softcap of 1e-30", _dense(1, 2, 20, 50, 16, softcap=1e-30, return_lse=True)),
     Sample("heads inside", _dense(2, 3, 40, 70, 16, layout="bnhd", causal=True)),
     Sample("expanded", _dense(3, 2, 40, 70, 16, layout="expanded")),
     Sample("strided head dim", _dense(2, 2, 40, 70, 16, layout="dmajor", causal=True)),
@@ -724,6 +775,11 @@ _attention_samples = [
     Sample("no keys", _dense(2, 2, 5, 0, 8, return_lse=True)),
     Sample("no batch", _dense(0, 2, 5, 6, 8, causal=True)),
 ]
+if not INTERPRET:  # Triton's gradients take P from lse, whose rounding there is beyond an exponent's range
+    _attention_samples += [
+        Sample("scores of ±1e38, equal", _dense(1, 2, 40, 150, 16, shift=_HUGE_EQUAL, scale=1.0)),
+        Sample("scale of 1e9", _dense(1, 2, 40, 150, 16, scale=1e9, coarse=True)),
+    ]
 
 
 def _pairs(N: int, M: int, causal: bool) -> float:
@@ -811,6 +867,8 @@ _varlen_samples = [
     Sample("window and softcap", _packed((50, 64), (70, 40), 2, 16, Dv=10, window=(9, 4), softcap=2.0)),
     Sample("no sequences", _packed((), None, 2, 16)),
 ]
+if not INTERPRET:  # as above
+    _varlen_samples.append(Sample("scale of 1e9", _packed((50, 64), (70, 40), 2, 16, scale=1e9, coarse=True)))
 _ragged = (31, 500, 77, 210, 4, 333, 128, 65, 17, 402, 96, 250)
 _varlen_workloads = [
     _job("12 sequences of 4–500, H8 D64", _packed(_ragged, None, 8, 64), _ragged_flops, quick=True),
@@ -833,6 +891,8 @@ _decode_samples = [
     Sample("pages", _cached(2, 4, 2, 96, 16, (96, 37), Hk=2, page=16)),
     Sample("odd pages", _cached(2, 2, 1, 91, 20, (80, 0), page=7, Dv=9)),
     Sample("long cache", _cached(1, 4, 1, 1500, 64, (1499,), Hk=2)),
+    Sample("long cache, scale of 1e9", _cached(1, 4, 1, 1500, 64, (1499,), Hk=2, scale=1e9)),
+    Sample("pages, scale of 1e9", _cached(2, 4, 2, 160, 16, (160, 37), Hk=2, page=16, scale=1e9)),
 ]
 _decode_workloads = [
     _job("B1 H32 Hk8 S4096 D128", _cached(1, 32, 1, 4096, 128, (4096,), Hk=8), _decode_flops, quick=True),
