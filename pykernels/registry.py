@@ -189,7 +189,7 @@ def wants_gradient(*arguments: Any) -> bool:
     """Whether a gradient may be asked of what is made of these."""
     if not torch.compiler.is_compiling() and _transforming():
         return True
-    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
+    return torch.is_grad_enabled() and any([getattr(a, "requires_grad", False) for a in arguments])
 
 
 # ------------------------------------------------------------------------------------------------ backends

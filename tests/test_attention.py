@@ -335,8 +335,6 @@ def test_what_cannot_be_differentiated_raises():
     query = draw(1, 1, 4, 4)
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda q: pk.attention(q, query, query), (query,), (query,))
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.grad(lambda q: pk.attention(q, query, query).sum())(query)
 
 
 @needs_kernels
@@ -356,7 +354,11 @@ ERRORS = [
     (lambda: pk.attention(Q, K[..., :7], K), ValueError, r"key: expected last dimension 8.*got \[2, 2, 6, 7\]"),
     (lambda: pk.attention(Q, K[:1], K[:1]), ValueError, "key: expected batch 2"),
     (lambda: pk.attention(Q[:, :3], K, K), ValueError, "key: expected a number of heads that divides query's 3"),
-    (lambda: pk.attention(Q, K, K[:, :, :5]), ValueError, r"value: expected \[2, 2, 6, Dv\] to match key"),
+    (
+        lambda: pk.attention(Q, K, K[:, :, :5]),
+        ValueError,
+        r"value: expected \[2, 2, 6, 8\] to match key, got \[2, 2, 5, 8\]",
+    ),
     (
         lambda: pk.attention(torch.zeros(1, 1, 1, 257), torch.zeros(1, 1, 1, 257), K),
         ValueError,
@@ -388,18 +390,22 @@ ERRORS = [
     (
         lambda: pk.attention(Q, K, K, dropout_p=1.0),
         ValueError,
-        r"dropout_p: expected a probability in \[0, 1\), got 1.0",
+        r"dropout_p: expected a finite number from 0 to below 1, got 1.0",
     ),
     (lambda: pk.attention(Q, K, K, softcap=-1.0), ValueError, "softcap: expected a finite number ≥ 0"),
     (lambda: pk.attention(Q, K, K, scale=math.inf), ValueError, "scale: expected a finite number"),
-    (lambda: pk.scaled_dot_product_attention(Q, K, K), ValueError, "key: expected query's 4 heads, or enable_gqa=True"),
+    (
+        lambda: pk.scaled_dot_product_attention(Q, K, K),
+        ValueError,
+        r"key: expected leading dimensions that fit \[2, 4\], or enable_gqa=True, got \[2, 2, 6, 8\]",
+    ),
     (
         lambda: pk.scaled_dot_product_attention(Q, Q, Q, torch.zeros(5, 5), is_causal=True),
         ValueError,
         "attn_mask: expected None together with is_causal=True",
     ),
     (
-        lambda: pk.varlen_attention(Q[0], K[0], K[0], torch.tensor([0, 3, 2])),
+        lambda: pk.varlen_attention(Q[0], Q[0, :3], Q[0, :3], torch.tensor([0, 3])),
         ValueError,
         "cu_seqlens_k: expected offsets",
     ),
