@@ -1,4 +1,4 @@
-# Each target sets up what it needs in .venv: a fresh clone needs Python ≥ 3.10 and, for the kernels, a C++ compiler.
+# Each target sets up what it needs in .venv: a fresh clone needs Python ≥ 3.10 and a C++ compiler.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -38,4 +38,4 @@ $(INSTALLED): requirements.txt setup.py pyproject.toml $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf .venv build bench-results *.egg-info pykernels/*.so
+	rm -rf .venv build bench-results *.egg-info pykernels/*.so pykernels/left_out.json

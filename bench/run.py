@@ -75,7 +75,7 @@ def candidates(op: Op, device: str, quick: bool) -> tuple[list[Candidate], dict[
     """Ours and the peers for an op; and why the others are not there."""
     found, absent = [], {}
     for backend in op.supports:
-        reason = unavailable(BACKENDS.index(backend), torch.device(device).type)
+        reason = unavailable(BACKENDS.index(backend), device)
         if reason or (backend == "triton" and device == "cpu"):
             absent[backend] = reason or "Triton's interpreter is there to test, not to be timed"
         else:

@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> wkv(Tensor r, Tensor w, Tensor k, Tensor v, s
   const int64_t B = r.size(0), T = r.size(1), H = r.size(2), K = r.size(3), V = v.size(3);
   const ScalarType exact = accumulator_of(r.scalar_type());
   Tensor y = empty({B, T, H, V}, r.scalar_type()), final = empty({B, H, K, V}, exact);
-  Tensor checkpoints = empty({training ? ceil_div(T, CHUNK) : 0, B, H, K, V}, exact);
+  Tensor checkpoints = empty({training ? ceil_div(T, CHUNK) * B * H * K * V : 0}, exact);
   dense({&u, &state}, {&r, &w, &k, &v}, {&a, &b});
   for_dtype(r.scalar_type(), [&]<class Storage>(Storage) {
     using Acc = AccOf<Storage>;

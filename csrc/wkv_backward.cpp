@@ -285,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv_b
   };
   if (grad_y) check_shape(*grad_y, dtype, {B, T, H, V}, "grad_y");
   if (grad_state) check_shape(*grad_state, exact, {B, H, K, V}, "grad_state");
-  check_shape(checkpoints, exact, {ceil_div(T, CHUNK), B, H, K, V}, "checkpoints");
+  check_shape(checkpoints, exact, {ceil_div(T, CHUNK) * B * H * K * V}, "checkpoints");
   std::optional<Tensor> saved = checkpoints;
   dense({&u, &grad_state, &saved}, {&r, &w, &k, &v}, {&a, &b, &grad_y});
 

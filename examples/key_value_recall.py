@@ -11,6 +11,7 @@ its FLOPs per query the same. They see the same batches.
 from __future__ import annotations
 
 import argparse
+import pathlib
 from collections.abc import Callable
 
 import torch
@@ -141,6 +142,29 @@ def plot(results: dict, path: str) -> None:
         figure.savefig(path, dpi=150)
 
 
+def up_to(most: float) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a number from 1 to {most}, got {text}")
+        return int(text)
+
+    return number
+
+
+def image(path: str) -> str:
+    """A file that can be drawn to: if not, it is better said before the training than after."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise argparse.ArgumentTypeError("it needs matplotlib: pip install matplotlib") from None
+    folder, suffix = pathlib.Path(path).resolve().parent, pathlib.Path(path).suffix[1:]
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"no folder {folder}")
+    if suffix not in (formats := Figure().canvas.get_supported_filetypes()):
+        raise argparse.ArgumentTypeError(f"expected a file name that ends in one of {', '.join(formats)}, got {path}")
+    return path
+
+
 def main() -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -149,10 +173,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--facts", type=int, default=32768, help="at most 65536")
+    parser.add_argument("--steps", type=up_to(10**6), default=500)
+    parser.add_argument("--facts", type=up_to(65536), default=32768, help="at most 65536")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", metavar="FILE", help="write accuracy against steps to this file (png, svg, pdf)")
+    parser.add_argument("--plot", type=image, metavar="FILE", help="draw accuracy against steps (png, svg, pdf)")
     args = parser.parse_args()
 
     console = Console()

@@ -305,8 +305,7 @@ def main(args: argparse.Namespace) -> int:
             here = [device for device in devices if can_run(op, backend, device)]
             plan += [(op, device, backend) for device in here]
             if not here:
-                device = torch.device(devices[0]).type
-                reason = available_backends(op.name)[backend] or unavailable(BACKENDS.index(backend), device)
+                reason = available_backends(op.name)[backend] or unavailable(BACKENDS.index(backend), devices[0])
                 skips[f"{op.name}, {backend}: {reason}"] += 1
 
     tallies: dict[tuple, Tally] = collections.defaultdict(Tally)
@@ -349,7 +348,7 @@ def main(args: argparse.Namespace) -> int:
 
 def can_run(op: Op, backend: str, device: str) -> bool:
     known = backend == "reference" or backend in op.supports
-    return known and unavailable(BACKENDS.index(backend), torch.device(device).type) is None
+    return known and unavailable(BACKENDS.index(backend), device) is None
 
 
 def report(console, tallies: dict[tuple, Tally], skips: collections.Counter, failures: list) -> None:

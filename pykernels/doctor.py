@@ -34,12 +34,18 @@ def machine() -> dict[str, str]:
 
 
 def _cuda_kernels() -> str:
-    """What they were built for, and whether they are in use."""
-    reason = native.cuda_missing("cuda")
+    """What they were built for, and whether they are in use, on each GPU if these differ."""
+    gpus = [torch.device("cuda", index) for index in range(max(torch.cuda.device_count(), 1))]
+    reasons = [native.cuda_missing(gpu) for gpu in gpus]
     capabilities = ", ".join(f"{value / 100:.1f}" for value in native.cuda_architectures())
     if not capabilities:
-        return f"none: {reason}"
-    return f"built for compute capability {capabilities}; {f'not in use: {reason}' if reason else 'in use'}"
+        return f"none: {reasons[0]}"
+    uses = [f"not in use: {reason}" if reason else "in use" for reason in reasons]
+    if len({*uses}) > 1:
+        uses = [f"GPU {gpu.index} {use}" for gpu, use in zip(gpus, uses)]
+    else:
+        uses = uses[:1]
+    return "; ".join((f"built for compute capability {capabilities}", *uses))
 
 
 def _version(package: str) -> str:

@@ -23,7 +23,7 @@ import warnings
 import torch
 
 from . import kernels, native, registry
-from .registry import BACKENDS, CUDA, FLOATS, OPS, TRITON, BackendDeclined, unavailable
+from .registry import BACKENDS, CUDA, FLOATS, OPS, TRITON, BackendDeclined, constant, unavailable
 
 SAMPLES = 8  # of an op, evenly spaced among them all
 
@@ -52,7 +52,7 @@ def failure(name: str, backend: int, arguments: tuple) -> str | None:
     return _known(name, backend, str(first.device), next(floats, torch.float32))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _known(name: str, backend: int, device: str, dtype: torch.dtype) -> str | None:
     key = name, backend, torch.device(device), dtype
     if key not in _verdicts:
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", required=True)
     args = parser.parse_args(argv)
     backend = BACKENDS.index(args.backend)
-    if reason := unavailable(backend, torch.device(args.device).type):
+    if reason := unavailable(backend, args.device):
         parser.error(reason)
     found = {str(dtype).removeprefix("torch."): verdict(args.op, backend, args.device, dtype, True) for dtype in FLOATS}
     pathlib.Path(args.json).write_text(json.dumps(found, indent=1))

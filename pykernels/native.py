@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib
 import itertools
+import json
 import pathlib
 import warnings
 
@@ -21,12 +22,26 @@ HERE = pathlib.Path(__file__).parent
 
 
 @functools.cache
+def left_out() -> dict[str, str]:
+    """What the build went without, "cpu" or "cuda", and why, as setup.py wrote it."""
+    record = HERE / "left_out.json"
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
+def _absent(kernels: str) -> str:
+    why = left_out().get(kernels.lower())
+    return f"the {kernels} kernels are left out: {why}" if why else f"the {kernels} kernels were not built in {HERE}"
+
+
+@functools.cache
 def load() -> tuple[str | None, str | None]:
     """(level that was loaded, None), or (None, why there is none)."""
+    if not any(HERE.glob("_C.abi3.*")):
+        return None, _absent("CPU")
     try:
         supported = importlib.import_module("pykernels._C").cpu_level()
     except ImportError as error:
-        return None, f"the CPU kernels were not built (no C++ compiler at install?): {error}"
+        return None, f"the CPU kernels do not load: {error}"
     for level in LEVELS[LEVELS.index(supported) :: -1]:
         for library in HERE.glob(f"_C_{level}.abi3.*"):
             try:
@@ -72,7 +87,7 @@ def _cuda_opened() -> tuple[ctypes.CDLL | None, str | None]:
     """(the loaded library, None), or (None, why there is none). Loading it takes no GPU."""
     library = cuda_library()
     if library is None:
-        return None, "the CUDA kernels were not built (no nvcc at install, or it failed)"
+        return None, _absent("CUDA")
     try:
         torch.ops.load_library(str(library))
         return ctypes.CDLL(str(library)), None
@@ -89,22 +104,29 @@ def cuda_architectures() -> list[int]:
     return [*itertools.takewhile(bool, ctypes.cast(first, ctypes.POINTER(ctypes.c_int)))]
 
 
-@functools.cache
-def cuda_missing(device_type: str) -> str | None:
-    """Why the CUDA kernels cannot run on tensors of that device type, or None. Loads them if they can."""
-    if device_type == "cpu":
+def device(name: str) -> torch.device:
+    """With an index, as tensors have it: GPUs of one machine differ."""
+    named = torch.device(name)
+    if named.type == "cuda" and named.index is None:
+        return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return named
+
+
+def cuda_missing(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run on tensors of that device, or None. Loads them if they can."""
+    if device.type == "cpu":
         return None if cuda_on_host() else "it runs on CUDA tensors"
     if cuda_library() is None:
         return _cuda_opened()[1]
-    if not torch.cuda.is_available() or torch.version.hip is not None:
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return "torch sees no NVIDIA GPU"
-    if torch.cuda.get_device_capability() < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
     library, reason = _cuda_opened()
     if library is None:
         return reason
     library.pykernels_cuda_missing.restype = ctypes.c_char_p
-    reason = library.pykernels_cuda_missing(torch.cuda.current_device())
+    reason = library.pykernels_cuda_missing(device.index)
     return f"the CUDA kernels do not run on this GPU: {reason.decode()}" if reason else None
 
 

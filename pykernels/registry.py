@@ -189,7 +189,11 @@ def wants_gradient(*arguments: Any) -> bool:
     """Whether a gradient may be asked of what is made of these."""
     if not torch.compiler.is_compiling() and _transforming():
         return True
-    return torch.is_grad_enabled() and any([getattr(a, "requires_grad", False) for a in arguments])
+    if torch.is_grad_enabled():
+        for a in arguments:  # a generator would take as long again
+            if isinstance(a, torch.Tensor) and a.requires_grad:
+                return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ backends
@@ -242,7 +246,7 @@ class use_backend:
     def __init__(self, name: str):
         if name not in BACKENDS:
             raise ValueError(f"name: expected one of {', '.join(BACKENDS)}, got {name!r}")
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # in this thread
             raise RuntimeError("use_backend: expected to be called outside of the function that torch.compile traces")
         self._backend = BACKENDS.index(name)
         _selection.levels[-1].add(self, self._backend)
@@ -264,40 +268,40 @@ class use_backend:
 
 
 @constant
-def unavailable(backend: int, device_type: str) -> str | None:
-    """Why a backend cannot run on this machine's devices of that type, or None if it can."""
-    return _unavailable(backend, device_type)
+def unavailable(backend: int, device: torch.device | str) -> str | None:
+    """Why a backend cannot run on that device, or None if it can. "cuda" is the current one."""
+    return _unavailable(backend, native.device(device) if isinstance(device, str) else device)
 
 
 @functools.cache
-def _unavailable(backend: int, device_type: str) -> str | None:
+def _unavailable(backend: int, device: torch.device) -> str | None:
     if backend == REFERENCE:
         return None
     if backend == CPU:
-        return "it runs on CPU tensors" if device_type != "cpu" else native.missing()
+        return "it runs on CPU tensors" if device.type != "cpu" else native.missing()
     if backend == TRITON:
         try:
             importlib.import_module("triton")
         except ImportError as error:
             return f"triton cannot be imported ({error})"
-        if device_type == "cpu":
+        if device.type == "cpu":
             return None if INTERPRET else "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 first"
-        if device_type != "cuda" or not torch.cuda.is_available():
+        if device.type != "cuda" or not torch.cuda.is_available():
             return "torch sees no GPU"
-        if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
         return None
-    return native.cuda_missing(device_type)
+    return native.cuda_missing(device)
 
 
-def decline(name: str, backend: int, device_type: str, arguments: tuple) -> str | None:
+def decline(name: str, backend: int, device: torch.device, arguments: tuple) -> str | None:
     """Why a backend cannot serve a call with these kernel arguments, or None if it can."""
     if backend == REFERENCE:
         return None
     supports = OPS[name].supports.get(BACKENDS[backend])
     if supports is None:
         return f"{name} has no {BACKENDS[backend]} kernel"
-    reason = unavailable(backend, device_type) or supports(*arguments)
+    reason = unavailable(backend, device) or supports(*arguments)
     return verify(name, backend, arguments) if reason is None and verify else reason
 
 
@@ -307,13 +311,13 @@ def choose(name: str, device: torch.device, arguments: tuple) -> int:
     if device.type == "meta":
         return REFERENCE if override == REFERENCE else CPU  # shapes alone: the op's fake implementation
     if override != AUTO:
-        reason = decline(name, override, device.type, arguments)
+        reason = decline(name, override, device, arguments)
         if reason is not None:
             raise BackendDeclined(f"{name}: backend {BACKENDS[override]!r} cannot run this call: {reason}")
         return override
     # CUDA kernels have run on the CPU alone so far: until a device has checked and timed them they are had by name.
     for backend in (CPU,) if device.type == "cpu" else (TRITON,):
-        if decline(name, backend, device.type, arguments) is None:
+        if decline(name, backend, device, arguments) is None:
             return backend
     return REFERENCE
 

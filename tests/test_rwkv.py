@@ -1,18 +1,22 @@
 """What is peculiar to RWKV: agreement with the paper and with transformers, splitting, extremes, the layers, errors."""
 
 import copy
+import functools
 import inspect
 import io
 import itertools
 import math
 import pickle
 import weakref
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
 
 import pykernels as pk
 from pykernels.check import differentiate
@@ -350,43 +354,173 @@ def test_layer_under_autocast(kind):
         assert [t.dtype for t in got] == [torch.bfloat16, torch.float32, torch.float32][: len(got)]
         agree([t.float() for t in got], want, rtol=0.1, atol=0.1)
         module(x, state)
+        assert module(x.bfloat16())[0].dtype == torch.bfloat16
+        for wrong in (x.double(), x.half(), x.long()):
+            with pytest.raises(TypeError, match=f"x: expected torch.float32 or torch.bfloat16, got {wrong.dtype}"):
+                module(wrong)
+        assert layer(kind).double()(x.double())[0].dtype == torch.float64
     got[0].float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 
 
-@needs_kernels
-@LAYERS
-@pytest.mark.filterwarnings("ignore")
-def test_layer_compiles_whole_once_for_every_length(kind):
-    module = randomise(layer(kind, dtype=torch.float64))
+def leaves_of(function, *args):
+    return pytree.tree_leaves(function(*args))
+
+
+def lengths_of_one_graph(function, call, wanted):
+    """Compiled whole, function gives what it gives otherwise for every length, from one graph.
+
+    call(T, B): its arguments, drawn. wanted(arguments): what to differentiate by; nothing is no training. The lengths
+    lie on both sides of CHUNK; no batch is another size, for torch would take the two for one.
+    """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
-    for T, B in ((37, 4), (40, 2), (80, 5)):  # none is another size: torch would take the two for one
-        x, state = draw(B, T, 6).requires_grad_(), layer_state(kind, B)
-        wanted = [x, *module.parameters()]
-        got, want = (
-            values_and_gradients(lambda m=m, x=x, state=state: flat(m(x, state)), wanted) for m in (compiled, module)
-        )
-        agree(got, want)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T, B in ((7, 4), (37, 12), (64, 8), (100, 9), (9, 11)):
+        given = call(T, B)
+        by = wanted(given)
+        agree(*(values_and_gradients(functools.partial(leaves_of, f, *given), by) for f in (compiled, function)))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    agree(flat(compiled(x[:, :1])), flat(module(x[:, :1])))
+
+
+TRAINING = pytest.mark.parametrize("training", [False, True], ids=("inference", "training"))
+STATE = pytest.mark.parametrize("state", [False, True], ids=("no state", "state"))
 
 
 @needs_kernels
 @LAYERS
+@STATE
+@TRAINING
 @pytest.mark.filterwarnings("ignore")
-def test_layer_exports_with_dynamic_length(kind):
-    module = randomise(layer(kind)).requires_grad_(False)
-    T = torch.export.Dim("T", min=2, max=512)
-    program = torch.export.export(module, (draw(3, 6, 6, dtype=torch.float32),), dynamic_shapes=({1: T},))
-    x = draw(3, 11, 6, dtype=torch.float32)
-    agree(flat(program.module()(x)), flat(module(x)))
+def test_layer_compiles_whole_once_for_every_length(kind, state, training):
+    module = randomise(layer(kind, dtype=torch.float64)).requires_grad_(training)
+
+    def call(T, B):
+        return draw(B, T, 6).requires_grad_(training), layer_state(kind, B) if state else None
+
+    lengths_of_one_graph(module, call, lambda given: [given[0], *module.parameters()] if training else [])
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ALL)
+@STATE
+@TRAINING
+@pytest.mark.filterwarnings("ignore")
+def test_op_compiles_whole_once_for_every_length(name, state, training):
+    def call(T, B):
+        inputs = [t for t in arguments(name, B, T, state=state).values() if t is not None]
+        return [t.requires_grad_(training) for t in inputs]
+
+    lengths_of_one_graph(lambda *args: getattr(pk, name)(*args), call, lambda given: given if training else [])
+
+
+class Scaled(torch.nn.Module):
+    def forward(self, *args):
+        return pk.wkv6(*args, scale=self.scale)
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore")
+def test_scale_may_be_an_attribute_of_a_compiled_module():
+    torch._dynamo.reset()
+    module = Scaled()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    inputs = arguments("wkv6", 3, 9).values()
+    for module.scale in (0.7, 2):
+        agree(compiled(*inputs), module(*inputs), rtol=0, atol=0)
+
+
+class Called(torch.nn.Module):
+    """An op of what has a time dimension; its other arguments are parameters."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+        self.rest = torch.nn.ParameterDict({k: t for k, t in arguments(name, 3).items() if k not in TIMED[name]})
+
+    def forward(self, timed):
+        return getattr(pk, self.name)(**timed, **self.rest)
+
+
+def exports_with_dynamic_length(module, draw_inputs):
+    """Also for training: for lengths on both sides of CHUNK the exported program has the module's gradients."""
+    dynamic = {1: torch.export.Dim("T", min=2, max=512)}
+    example = draw_inputs(6)
+    shapes = pytree.tree_map(lambda _: dynamic, (example,))
+    program = torch.export.export(module, (example,), dynamic_shapes=shapes).module()
+    for T in (11, 80):
+        inputs = draw_inputs(T)
+        results = []
+        for m in (program, module):
+            wanted = [p for _, p in sorted(m.named_parameters()) if p.requires_grad]
+            results.append(values_and_gradients(functools.partial(leaves_of, m, inputs), wanted))
+        agree(*results)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.filterwarnings("ignore")
+def test_op_exports_with_dynamic_length(name):
+    def draw_inputs(T):
+        return {key: t for key, t in arguments(name, 3, T).items() if key in TIMED[name]}
+
+    exports_with_dynamic_length(Called(name), draw_inputs)
+
+
+@needs_kernels
+@LAYERS
+@TRAINING
+@pytest.mark.filterwarnings("ignore")
+def test_layer_exports_with_dynamic_length(kind, training):
+    module = randomise(layer(kind, dtype=torch.float64)).requires_grad_(training)
+    exports_with_dynamic_length(module, lambda T: draw(3, T, 6))
+
+
+@LAYERS
+def test_layer_on_meta_and_under_another_default_device(kind):
+    """What is made on a device is initialised there, whatever the default; shapes need no data."""
+    x = draw(2, 40, 6, dtype=torch.float32)
+    module = layer(kind, device="meta")
+    got, want = flat(module(x.to("meta"))), flat(layer(kind)(x))
+    assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in want]
+    assert {t.device.type for t in got} == {"meta"}
+    with torch.device("meta"):
+        assert {p.device.type for p in layer(kind).parameters()} == {"meta"}
+        made = layer(kind, device="cpu")
+        assert {t.device.type for t in flat(made(x))} == {"cpu"}
+    module.to_empty(device="cpu").reset_parameters()
+    for other in (made, module):
+        for name, p in other.named_parameters():
+            if p.dim() != 2:
+                agree([p], [layer(kind).get_parameter(name)], rtol=0, atol=0)
+
+
+@LAYERS
+def test_layer_under_torch_func(kind):
+    """grad by its parameters, vmap over sequences, both, and jacrev, of the kernels against the reference."""
+    module = randomise(layer(kind, dtype=torch.float64))
+    parameters, x = dict(module.named_parameters()), draw(3, 1, 7, 6)
+
+    def loss(parameters, x):
+        return sum(t.sin().sum() for t in flat(torch.func.functional_call(module, parameters, (x,))))
+
+    def results():
+        yield torch.func.grad(loss)(parameters, x[0])
+        yield torch.func.vmap(module)(x)
+        yield torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        yield torch.func.jacrev(module)(x[0])
+
+    got = pytree.tree_leaves([*results()])
+    with pk.use_backend("reference"):
+        agree(got, pytree.tree_leaves([*results()]))
+        agree(pytree.tree_leaves(torch.func.jacfwd(module)(x[0])), pytree.tree_leaves(torch.func.jacrev(module)(x[0])))
 
 
 X, S, Z = torch.zeros(2, 5, 6), torch.zeros(2, 6), torch.zeros(2, 3, 10)
 ERRORS = [
     (lambda: RWKV4TimeMix(0), ValueError, "n_embd: expected at least 1, got 0"),
+    (lambda: RWKV4TimeMix(6.0), TypeError, "n_embd: expected an integer, got float"),
+    (lambda: RWKV4ChannelMix(6, 2, True), TypeError, "layer_id: expected an integer, got bool"),
     (lambda: RWKV4TimeMix(6, 0), ValueError, "n_layer: expected at least 1, got 0"),
     (lambda: RWKV4ChannelMix(6, 2, 2), ValueError, "layer_id: expected 0 to 1, got 2"),
     (lambda: RWKV4TimeMix(6, dim_att=0), ValueError, "dim_att: expected at least 1, got 0"),
@@ -399,6 +533,7 @@ ERRORS = [
         TypeError,
         "x: expected the weights' torch.float32, got torch.float64",
     ),
+    (lambda: layer(RWKV4ChannelMix)(X.to("meta")), ValueError, "x: expected the module's device cpu, got meta"),
     (lambda: layer(RWKV4TimeMix)(X, S), TypeError, r"state: expected a tuple \(shift, wkv\), got torch.float32"),
     (lambda: layer(RWKV4TimeMix)(X, (S, S, S)), ValueError, r"state: expected two tensors \(shift, wkv\), got 3"),
     (lambda: layer(RWKV4TimeMix)(X, (S[:1], Z)), ValueError, r"state\[0\]: expected \[2, 6\] to match x, got \[1, 6\]"),
@@ -757,10 +892,18 @@ def test_log_decay_of_each_convention():
     assert pk.log_decay(-x.abs(), "log").equal(-x.abs())
     for convention in ("exp", "sigmoid"):
         assert (pk.log_decay(1e3 * x.float(), convention) <= 0).all()
+    for convention in ("exp", "sigmoid", "log"):
+        function, w = functools.partial(pk.log_decay, convention=convention), -x.abs()
+        agree([torch.func.vmap(function)(w)], [function(w)])
+        value, tangent = torch.func.jvp(function, (w,), (torch.ones_like(w),))
+        agree([value, tangent], [function(w), torch.func.jacrev(function)(w).diag()])
     with pytest.raises(ValueError, match="convention: expected 'log', 'exp' or 'sigmoid', got 'ln'"):
         pk.log_decay(x, "ln")
-    with pytest.raises(ValueError, match="w: expected log decays ≤ 0"):
+    with pytest.raises(ValueError, match="decay: expected log decays ≤ 0"):
         pk.log_decay(x.abs(), "log")
+    for value in ([1.0], torch.ones(2, dtype=torch.int64)):
+        with pytest.raises(TypeError, match=r"decay: expected a floating tensor, got (list|torch\.int64)"):
+            pk.log_decay(value, "exp")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -809,14 +952,22 @@ def test_backward_keeps_inputs_and_checkpoints_alone(name):
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
+class Subclass(torch.Tensor):
+    """A tensor that is none to `type`."""
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_positive_log_decay_is_refused(name):
     inputs = arguments(name)
     inputs["w"][..., -1] = 0
     getattr(pk, name)(**inputs)
     inputs["w"].view(-1)[-1] = 0.25
-    with pytest.raises(ValueError, match=r"w: expected log decays ≤ 0 .*got 0.25"):
-        getattr(pk, name)(**inputs)
+    w = inputs["w"]
+    for kind in (lambda t: t, torch.nn.Parameter, lambda t: t.as_subclass(Subclass)):
+        with pytest.raises(ValueError, match=r"w: expected log decays ≤ 0 .*got 0.25"):
+            getattr(pk, name)(**inputs | dict(w=kind(w)))
+        with pytest.raises(ValueError, match=r"decay: expected log decays ≤ 0 .*got 0.25"):
+            pk.log_decay(kind(w), "log")
 
 
 def wrong(name, key):
@@ -865,9 +1016,17 @@ def test_the_first_argument_is_held_against_the_ranks_and_dtypes_there_are(name)
             getattr(pk, name)(**inputs | {first: value})
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_forward_mode_is_refused(name):
+@pytest.mark.parametrize("name", ["wkv6", "wkv7"])
+def test_scale_is_a_number_of_any_kind(name):
     inputs = arguments(name)
-    for key, value in inputs.items():
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(lambda t, key=key: getattr(pk, name)(**inputs | {key: t})[0], (value,), (value,))
+    want = getattr(pk, name)(**inputs, scale=0.5)
+    for scale in (np.float32(0.5), np.float64(0.5), Fraction(1, 2)):
+        agree(getattr(pk, name)(**inputs, scale=scale), want, rtol=0, atol=0)
+    for scale, kind, message in (
+        (torch.tensor(0.5), TypeError, "scale: expected a number.*got a tensor"),
+        (torch.nn.Parameter(torch.tensor(0.5)), TypeError, "scale: expected a number.*got a tensor"),
+        ("0.5", TypeError, "scale: expected a number, got str"),
+        (math.nan, ValueError, "scale: expected a finite number, got nan"),
+    ):
+        with pytest.raises(kind, match=message):
+            getattr(pk, name)(**inputs, scale=scale)

@@ -12,8 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter
 
-from ..checks import expect, expect_alike, expect_device, expect_tensor, expect_type
+from ..checks import (
+    expect,
+    expect_alike,
+    expect_device,
+    expect_dtype,
+    expect_integer,
+    expect_shape,
+    expect_tensor,
+    expect_type,
+)
 from ..ops import wkv4 as ops
+from ..registry import FLOATS, is_autocast_on
 
 _OTHER_NAMES = {"time_mix_key": "time_mix_k", "time_mix_value": "time_mix_v", "time_mix_receptance": "time_mix_r"}
 
@@ -23,9 +33,10 @@ class _Mix(torch.nn.Module):
 
     def __init__(self, n_embd: int, n_layer: int, layer_id: int) -> None:
         super().__init__()
-        expect(n_embd >= 1, "n_embd", "at least 1", n_embd)
-        expect(n_layer >= 1, "n_layer", "at least 1", n_layer)
-        expect(0 <= layer_id < n_layer, "layer_id", f"0 to {n_layer - 1}", layer_id)
+        n_embd, n_layer = _size(n_embd, "n_embd"), _size(n_layer, "n_layer")
+        layer_id = expect_integer(layer_id, "layer_id")
+        last = n_layer - 1
+        expect(0 <= layer_id <= last, "layer_id", "0 to {last}", layer_id, last=last)
         self.n_embd, self.n_layer, self.layer_id = n_embd, n_layer, layer_id
         self.register_load_state_dict_pre_hook(_translate)
 
@@ -33,14 +44,20 @@ class _Mix(torch.nn.Module):
         """The token before each one [B, T, C], and the last one [B, C], which is next call's `shift`."""
         expect_tensor(x, "x", "[B, T, C]")
         B, _, C = x.shape
-        expect(self.n_embd == C, "x", f"[B, T, {self.n_embd}]", x)
-        dtype = self.time_mix_k.dtype
-        expect_type(x.dtype == dtype or torch.is_autocast_enabled(x.device.type), "x", f"the weights' {dtype}", x)
+        n_embd, weights = self.n_embd, self.time_mix_k
+        expect(n_embd == C, "x", "[B, T, {n_embd}]", x, n_embd=n_embd)
+        dtype = weights.dtype
+        if dtype in FLOATS and is_autocast_on(x.device.type):
+            low = torch.get_autocast_dtype(x.device.type)
+            expect_dtype(x, "x", (torch.float32, low))  # the two that torch.cat takes there
+        else:
+            expect_type(x.dtype == dtype, "x", "the weights' {dtype}", x, dtype=dtype)
+        expect_device(x, "x", weights, "the module")
         if shift is None:
             shift = x.new_zeros(B, C)
         else:
             expect_tensor(shift, name, "[B, C]")
-            _expect_shape(shift, name, (B, C), "x")
+            expect_shape(shift, name, (B, C), "x")
             expect_alike(shift, name, x, "x")
         seen = torch.cat((shift.unsqueeze(1), x), 1)
         return seen[:, :-1], seen[:, -1].clone()  # a view would keep the whole sequence
@@ -48,7 +65,7 @@ class _Mix(torch.nn.Module):
     def _place(self) -> tuple[float, float, Tensor]:
         """How deep the layer is, from 0 to 1 and from 1 to almost 0, and i/C for each channel."""
         depth = self.layer_id / max(self.n_layer - 1, 1)
-        channel = torch.arange(self.n_embd, dtype=torch.float64) / self.n_embd
+        channel = _count(self.n_embd) / self.n_embd
         return depth, 1 - self.layer_id / self.n_layer, channel
 
     def extra_repr(self) -> str:
@@ -68,8 +85,8 @@ class RWKV4TimeMix(_Mix):
     Parameters: time_decay, time_first [dim_att]; time_mix_k, time_mix_v, time_mix_r [1, 1, C]; key, value, receptance,
     output (linear, without bias). Initially as in the authors' code, whose key, receptance and output are zero.
 
-    Inputs: x [B, T, C], any T, in the weights' dtype; state is (shift [B, C] in x's dtype, wkv [B, 3, dim_att] in fp32,
-    fp64 for fp64), or None before the first token.
+    Inputs: x [B, T, C], any T, in the weights' dtype, or under autocast in fp32 or its dtype; state is (shift [B, C] in
+    x's dtype, wkv [B, 3, dim_att] in fp32, fp64 for fp64), or None before the first token.
 
     Returns (out [B, T, C], state after the last token). A call equals any split of it in time; gradients flow through
     the state. The decay is taken in fp32 (fp64) whatever the weights' dtype.
@@ -83,8 +100,8 @@ class RWKV4TimeMix(_Mix):
         self, n_embd: int, n_layer: int = 1, layer_id: int = 0, *, dim_att: int | None = None, device=None, dtype=None
     ) -> None:
         super().__init__(n_embd, n_layer, layer_id)
-        dim_att = n_embd if dim_att is None else dim_att
-        expect(dim_att >= 1, "dim_att", "at least 1", dim_att)
+        n_embd = self.n_embd
+        dim_att = n_embd if dim_att is None else _size(dim_att, "dim_att")
         options = dict(device=device, dtype=dtype)
         self.time_decay = Parameter(torch.empty(dim_att, **options))
         self.time_first = Parameter(torch.empty(dim_att, **options))
@@ -101,7 +118,7 @@ class RWKV4TimeMix(_Mix):
     def reset_parameters(self) -> None:
         depth, rest, channel = self._place()
         C = self.time_decay.numel()
-        place = torch.arange(C, dtype=torch.float64)
+        place = _count(C)
         self.time_decay.copy_(8 * (place / max(C - 1, 1)) ** (0.7 + 1.3 * depth) - 5)
         self.time_first.copy_(math.log(0.3) + ((place + 1) % 3 - 1) / 2)
         self.time_mix_k.copy_(channel**rest)
@@ -115,17 +132,19 @@ class RWKV4TimeMix(_Mix):
         shift = wkv = None
         if state is not None:
             expect_type(isinstance(state, tuple | list), "state", "a tuple (shift, wkv)", state)
-            expect(len(state) == 2, "state", "two tensors (shift, wkv)", len(state))
+            count = len(state)
+            expect(count == 2, "state", "two tensors (shift, wkv)", count)
             shift, wkv = state
         before, shift = self._before(x, shift, "state[0]")
+        exact = ops.exact_of(x.dtype)
+        if wkv is not None:
+            B, C = x.size(0), self.time_decay.size(0)
+            expect_tensor(wkv, "state[1]", "[B, 3, dim_att]", (exact,))
+            expect_shape(wkv, "state[1]", (B, 3, C), "x and dim_att")
+            expect_device(wkv, "state[1]", x, "x")
         k = self.key(_mix(x, before, self.time_mix_k))
         v = self.value(_mix(x, before, self.time_mix_v))
         r = self.receptance(_mix(x, before, self.time_mix_r)).sigmoid()
-        exact = ops.exact_of(k.dtype)
-        if wkv is not None:
-            expect_tensor(wkv, "state[1]", "[B, 3, C]", (exact,))
-            _expect_shape(wkv, "state[1]", (k.size(0), 3, k.size(2)), "x and dim_att")
-            expect_device(wkv, "state[1]", x, "x")
         w = ops.log_decay(self.time_decay.to(exact), "exp")
         y, wkv = ops.wkv4(w, self.time_first.to(exact), k, v, wkv)
         return self.output(r * y), (shift, wkv)
@@ -144,7 +163,8 @@ class RWKV4ChannelMix(_Mix):
     Parameters: time_mix_k, time_mix_r [1, 1, C]; key, receptance, value (linear, without bias). Initially as in the
     authors' code, whose value and receptance are zero.
 
-    Inputs: x [B, T, C], any T, in the weights' dtype; state is the last token before [B, C], in x's dtype, or None.
+    Inputs: x [B, T, C], any T, in the weights' dtype, or under autocast in fp32 or its dtype; state is the last token
+    before [B, C], in x's dtype, or None.
 
     Returns (out [B, T, C], state after the last token). A call equals any split of it in time; gradients flow through
     the state.
@@ -158,8 +178,8 @@ class RWKV4ChannelMix(_Mix):
         self, n_embd: int, n_layer: int = 1, layer_id: int = 0, *, dim_ffn: int | None = None, device=None, dtype=None
     ) -> None:
         super().__init__(n_embd, n_layer, layer_id)
-        dim_ffn = 4 * n_embd if dim_ffn is None else dim_ffn
-        expect(dim_ffn >= 1, "dim_ffn", "at least 1", dim_ffn)
+        n_embd = self.n_embd
+        dim_ffn = 4 * n_embd if dim_ffn is None else _size(dim_ffn, "dim_ffn")
         options = dict(device=device, dtype=dtype)
         self.time_mix_k = Parameter(torch.empty(1, 1, n_embd, **options))
         self.time_mix_r = Parameter(torch.empty(1, 1, n_embd, **options))
@@ -184,9 +204,15 @@ class RWKV4ChannelMix(_Mix):
         return r * self.value(k), shift
 
 
-def _expect_shape(value: Tensor, name: str, shape: tuple, other: str) -> None:
-    if value.shape != shape:  # writing the message while tracing would fix the batch size
-        expect(False, name, f"{list(shape)} to match {other}", value)
+def _size(value: int, name: str) -> int:
+    value = expect_integer(value, name)
+    expect(value >= 1, name, "at least 1", value)
+    return value
+
+
+def _count(n: int) -> Tensor:
+    """0 to n − 1, on the CPU whatever the default device."""
+    return torch.arange(n, dtype=torch.float64, device="cpu")
 
 
 def _mix(x: Tensor, before: Tensor, share: Tensor) -> Tensor:

@@ -22,19 +22,19 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..checks import expect, expect_device, expect_tensor, expect_type
+from ..checks import expect_device, expect_number, expect_shape, expect_tensor
 from ..registry import (
     FLOATS,
     Sample,
     Workload,
     autocast,
-    refuse_forward_mode,
     register,
     second_order,
     torch_op,
     triton_declines,
+    wants_gradient,
 )
-from .wkv4 import check_decay, exact_of
+from .wkv4 import check_decay, exact_of, in_exact
 
 CHUNK = 32  # steps from one saved state to the next
 _DTYPES = (torch.float64, *FLOATS)
@@ -77,7 +77,8 @@ def _outputs(r, w, k, v, u, a, b, state, scale, training, backend):
     B, T, H, K = r.shape
     V = v.size(3)
     chunks = -(-T // CHUNK) if training else 0
-    return r.new_empty(v.shape), w.new_empty(B, H, K, V), w.new_empty(chunks, B, H, K, V)
+    # The saved states are flat: torch asks of every size whether it is 1, and of `chunks` that would fix T's range.
+    return r.new_empty(v.shape), w.new_empty(B, H, K, V), w.new_empty(chunks * B * H * K * V)
 
 
 def _gradients(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, scale, backend):
@@ -94,8 +95,9 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_y, grad_state, _):
     if not ctx.training:
         raise RuntimeError("pykernels::wkv: a gradient was asked of a call with training=False")
-    grads = _backward_op(grad_y, grad_state, *ctx.saved_tensors, ctx.scale, ctx.backend)
-    given = (grad if primal is not None else None for grad, primal in zip(grads, ctx.saved_tensors))
+    saved = ctx.saved_tensors  # once: checkpointing gives them no second time
+    grads = _backward_op(grad_y, grad_state, *saved, ctx.scale, ctx.backend)
+    given = (grad if primal is not None else None for grad, primal in zip(grads, saved))
     return *given, None, None, None
 
 
@@ -106,12 +108,12 @@ def _save_backward(ctx, inputs, output):
 
 
 def _double_backward(ctx, *cotangents):
-    grads, primals = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+    saved = ctx.saved_tensors
 
     def forward(*primals):
         return reference(*primals, ctx.scale)
 
-    return *second_order(forward, primals, grads, cotangents), None, None, None
+    return *second_order(forward, saved[2:], saved[:2], cotangents), None, None, None
 
 
 def _triton(r, w, k, v, u, a, b, state, scale, training, backend):
@@ -152,10 +154,11 @@ def _dense(*tensors):
 
 
 def _cuda(r, w, k, v, u, a, b, state, scale, training, backend):
-    results = _outputs(r, w, k, v, u, a, b, state, scale, training, backend)
+    y, final, checkpoints = results = _outputs(r, w, k, v, u, a, b, state, scale, training, backend)
+    checkpoints = checkpoints.view(-(-r.size(1) // CHUNK) if training else 0, *final.shape)
     wide = _is_wide(r, v)
     r, w, k, v, a, b = _rows(r, w, k, v, a, b)
-    native.cuda("wkv", r, w, k, v, *_dense(u), a, b, *_dense(state), *results, scale, wide)
+    native.cuda("wkv", r, w, k, v, *_dense(u), a, b, *_dense(state), y, final, checkpoints, scale, wide)
     return results
 
 
@@ -185,7 +188,8 @@ def _cuda_backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, 
     grad_w, grad_v = w.new_empty(B, T, H, K), v.new_empty(B, T, H, V)
     grad_u = sums = grad_initial = None
     grad_y, r, w, k, v, a, b = _rows(grad_y, r, w, k, v, a, b)
-    u, grad_state, checkpoints = _dense(u, grad_state, checkpoints)
+    u, grad_state = _dense(u, grad_state)
+    checkpoints = checkpoints.view(-(-T // CHUNK), B, H, K, V)
     if u is not None:
         sums = w.new_empty(checkpoints.size(0), B, H, K)
     if state is not None:
@@ -245,7 +249,7 @@ def _wkv6(
             at every step (RWKV-5). In r's dtype or fp32.
         u: [H, K], the bonus ("time_faaaa"), in r's dtype or fp32.
         state: [B, H, K, V] after the steps before, in fp32 (fp64 for fp64); None is zeros.
-        scale: multiplies y.
+        scale: multiplies y; a number, which has no gradient.
 
     Returns:
         y [B, T, H, V] in r's dtype and the state after the last step [B, H, K, V]. All sums are fp32 (fp64).
@@ -257,16 +261,19 @@ def _wkv6(
     Source: Peng et al., 2404.05892. The public kernels keep the state as [V, K].
     """
     r, k, v = autocast(r, k, v)
-    _check("wkv6", r, k, v, state, w, u)
-    B, T, H, K = r.shape
-    _check_shape(u, "u", r, (H, K))
+    exact = _check(r, k, v, state)
+    dtypes, shape = (r.dtype, exact), r.shape
+    _, _, H, K = shape
+    _check_one(u, "u", "[H, K]", (H, K), dtypes, r)
     constant = isinstance(w, Tensor) and w.dim() == 2
-    _check_shape(w, "w", r, (H, K) if constant else (B, T, H, K))
-    check_decay(w)
-    w = w.to(exact_of(r.dtype))
+    layout, sizes = ("[H, K]", (H, K)) if constant else ("[B, T, H, K]", shape)
+    _check_one(w, "w", layout, sizes, dtypes, r)
+    check_decay(w, "w")
+    scale = expect_number(scale, "scale")
+    w = in_exact(w, exact)
     if constant:
-        w = w.expand(B, T, H, K)
-    return _run(run, r, w, k, v, u.to(w.dtype), None, None, state, scale)
+        w = w.expand(shape)
+    return _run(run, scale, r, w, k, v, in_exact(u, exact), None, None, state)
 
 
 def _wkv7(
@@ -289,7 +296,7 @@ def _wkv7(
         v: [B, T, H, V].
         a, b: [B, T, H, K]: S takes b (aᵀ S); RWKV-7 passes −κ̂ and κ̂∘(learning rate).
         state: [B, H, K, V] after the steps before, in fp32 (fp64 for fp64); None is zeros.
-        scale: multiplies y.
+        scale: multiplies y; a number, which has no gradient.
 
     Returns:
         y [B, T, H, V] in r's dtype and the state after the last step [B, H, K, V]. All sums are fp32 (fp64).
@@ -301,38 +308,38 @@ def _wkv7(
     Source: Peng et al., 2503.14456. The public kernels keep the state as [V, K].
     """
     r, k, v, a, b = autocast(r, k, v, a, b)
-    _check("wkv7", r, k, v, state, w, a, b)
-    for value, name in ((w, "w"), (a, "a"), (b, "b")):
-        _check_shape(value, name, r, tuple(r.shape), only=None if name == "w" else r.dtype)
-    check_decay(w)
-    return _run(run, r, w.to(exact_of(r.dtype)), k, v, None, a, b, state, scale)
+    exact = _check(r, k, v, state)
+    dtype, shape = r.dtype, r.shape
+    _check_one(w, "w", "[B, T, H, K]", shape, (dtype, exact), r)
+    _check_one(a, "a", "[B, T, H, K]", shape, (dtype,), r)
+    _check_one(b, "b", "[B, T, H, K]", shape, (dtype,), r)
+    check_decay(w, "w")
+    scale = expect_number(scale, "scale")
+    return _run(run, scale, r, in_exact(w, exact), k, v, None, a, b, state)
 
 
-def _run(run, *arguments) -> tuple[Tensor, Tensor]:
-    tensors = [t for t in arguments[:8] if t is not None]
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return run(*arguments[:8], float(arguments[8]), training)[:2]
+def _run(run, scale: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    return run(*tensors, scale, wants_gradient(*tensors))[:2]
 
 
-def _check(name: str, r: Tensor, k: Tensor, v: Tensor, state: Tensor | None, *others: Tensor) -> None:
-    refuse_forward_mode(name, (r, k, v, state, *others))
+def _check(r: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> torch.dtype:
+    """What both functions have; returns the dtype of states and sums."""
     expect_tensor(r, "r", "[B, T, H, K]", _DTYPES)
-    B, T, H, K = r.shape
-    _check_shape(k, "k", r, (B, T, H, K), only=r.dtype)
+    shape, dtype, exact = r.shape, r.dtype, exact_of(r.dtype)
+    B, T, H, K = shape
+    _check_one(k, "k", "[B, T, H, K]", shape, (dtype,), r)
     expect_tensor(v, "v", "[B, T, H, V]")
-    _check_shape(v, "v", r, (B, T, H, v.size(3)), only=r.dtype)
+    V = v.size(3)
+    _check_one(v, "v", "[B, T, H, V]", (B, T, H, V), (dtype,), r)
     if state is not None:
-        _check_shape(state, "state", r, (B, H, K, v.size(3)), only=exact_of(r.dtype))
+        _check_one(state, "state", "[B, H, K, V]", (B, H, K, V), (exact,), r)
+    return exact
 
 
-def _check_shape(value: Tensor, name: str, r: Tensor, shape: tuple, only: torch.dtype | None = None) -> None:
-    """That shape, on r's device, in the one dtype or in r's or that of sums."""
-    dtypes = (r.dtype, exact_of(r.dtype)) if only is None else (only,)
-    expect_type(isinstance(value, Tensor), name, f"a tensor {list(shape)}", value)
-    if value.shape != shape:
-        expect(False, name, f"{list(shape)} to match r", value)
-    if value.dtype not in dtypes:
-        expect_type(False, name, " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes)), value)
+def _check_one(value: Tensor, name: str, layout: str, shape: tuple, dtypes: tuple[torch.dtype, ...], r: Tensor) -> None:
+    """That layout and shape, one of the dtypes, r's device."""
+    expect_tensor(value, name, layout, dtypes)
+    expect_shape(value, name, shape, "r")
     expect_device(value, name, r, "r")
 
 

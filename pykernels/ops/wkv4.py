@@ -26,17 +26,17 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..checks import can_read, expect, expect_alike, expect_device, expect_tensor, expect_type
+from ..checks import can_read, expect, expect_alike, expect_device, expect_shape, expect_tensor, expect_type
 from ..registry import (
     FLOATS,
     Sample,
     Workload,
     autocast,
-    refuse_forward_mode,
     register,
     second_order,
     torch_op,
     triton_declines,
+    wants_gradient,
 )
 
 CHUNK = 32  # steps from one saved state to the next
@@ -47,6 +47,11 @@ _DTYPES = (torch.float64, *FLOATS)
 def exact_of(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states and sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_exact(t: Tensor, exact: torch.dtype) -> Tensor:
+    """t.to(exact), without the call into torch where there is nothing to do."""
+    return t if t.dtype == exact else t.to(exact)
 
 
 def reference(
@@ -84,11 +89,9 @@ def reference(
 def _outputs(w, u, k, v, state, training, backend):
     B, T, C = k.shape
     chunks = -(-T // CHUNK) if training else 0
-    return (
-        torch.empty_like(k, memory_format=torch.contiguous_format),
-        w.new_empty(B, 3, C),
-        w.new_empty(chunks, B, 3, C),
-    )
+    y, final = torch.empty_like(k, memory_format=torch.contiguous_format), w.new_empty(B, 3, C)
+    # The saved states are flat: torch asks of every size whether it is 1, and of `chunks` that would fix T's range.
+    return y, final, w.new_empty(chunks * B * 3 * C)
 
 
 def _gradients(grad_y, grad_state, w, u, k, v, state, checkpoints, backend):
@@ -105,8 +108,9 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_y, grad_state, _):
     if not ctx.training:
         raise RuntimeError("pykernels::wkv4: a gradient was asked of a call with training=False")
-    *grads, grad_initial = _backward_op(grad_y, grad_state, *ctx.saved_tensors, ctx.backend)
-    return *grads, grad_initial if ctx.saved_tensors[4] is not None else None, None, None
+    saved = ctx.saved_tensors  # once: checkpointing gives them no second time
+    *grads, grad_initial = _backward_op(grad_y, grad_state, *saved, ctx.backend)
+    return *grads, grad_initial if saved[4] is not None else None, None, None
 
 
 def _save_backward(ctx, inputs, output):
@@ -115,8 +119,8 @@ def _save_backward(ctx, inputs, output):
 
 
 def _double_backward(ctx, *cotangents):
-    grads, primals = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
-    return *second_order(reference, primals, grads, cotangents), None, None
+    saved = ctx.saved_tensors
+    return *second_order(reference, saved[2:], saved[:2], cotangents), None, None
 
 
 def _triton(w, u, k, v, state, training, backend):
@@ -158,7 +162,9 @@ def _cuda(w, u, k, v, state, training, backend):
     steps, wide = _schedule(B, T, C, k.dtype)
     found = w.new_empty(max(-(-T // steps), 1) - 1, B, 3, C)
     state = None if state is None else state.contiguous()
-    native.cuda("wkv4", w.contiguous(), u.contiguous(), k, v, state, *results, found, steps, wide)
+    y, final, checkpoints = results
+    checkpoints = checkpoints.view(-(-T // CHUNK) if training else 0, B, 3, C)
+    native.cuda("wkv4", w.contiguous(), u.contiguous(), k, v, state, y, final, checkpoints, found, steps, wide)
     return results
 
 
@@ -171,6 +177,7 @@ def _cuda_backward(grad_y, grad_state, w, u, k, v, state, checkpoints, backend):
     B, T, C = k.shape
     results = (*(torch.empty_like(t) for t in (w, u)), *(k.new_empty(B, T, C) for _ in "kv"))
     results += (w.new_empty(0 if state is None else (B, 3, C)),)
+    checkpoints = checkpoints.view(-(-T // CHUNK), B, 3, C)
     steps, _ = _schedule(B, T, C, k.dtype)
     segments = max(-(-T // steps), 1)
     local, sums = w.new_empty(segments - 1, B, 4, C), w.new_empty(segments, B, 2, C)
@@ -224,28 +231,23 @@ def _wkv4(run, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None 
     Source: Peng et al., 2305.13048, in the notation of the public kernels.
     """
     k, v = autocast(k, v)
-    refuse_forward_mode("wkv4", (w, u, k, v, state))
     expect_tensor(k, "k", "[B, T, C]", _DTYPES)
-    B, _, C = k.shape
-    expect_type(isinstance(v, Tensor), "v", "a tensor [B, T, C]", v)
-    if v.shape != k.shape:
-        expect(False, "v", f"{list(k.shape)} to match k", v)
+    shape, dtype, exact = k.shape, k.dtype, exact_of(k.dtype)
+    B, _, C = shape
+    expect_tensor(v, "v", "[B, T, C]")
+    expect_shape(v, "v", shape, "k")
     expect_alike(v, "v", k, "k")
-    exact = exact_of(k.dtype)
     for value, name in ((w, "w"), (u, "u")):
-        expect_tensor(value, name, "[C]", (exact, k.dtype))
-        if value.size(0) != C:
-            expect(False, name, f"[{C}] to match k", value)
+        expect_tensor(value, name, "[C]", (exact, dtype))
+        expect_shape(value, name, (C,), "k")
         expect_device(value, name, k, "k")
-    check_decay(w)
+    check_decay(w, "w")
     if state is not None:
         expect_tensor(state, "state", "[B, 3, C]", (exact,))
-        if state.shape != (B, 3, C):  # naming B in a message would fix it under torch.compile
-            expect(False, "state", f"[{B}, 3, {C}] to match k", state)
+        expect_shape(state, "state", (B, 3, C), "k")
         expect_device(state, "state", k, "k")
-    w, u = w.to(exact), u.to(exact)
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (w, u, k, v, state))
-    return run(w, u, k, v, state, training)[:2]
+    w, u = in_exact(w, exact), in_exact(u, exact)
+    return run(w, u, k, v, state, wants_gradient(w, u, k, v, state))[:2]
 
 
 def log_decay(decay: Tensor, convention: str) -> Tensor:
@@ -257,21 +259,22 @@ def log_decay(decay: Tensor, convention: str) -> Tensor:
             of RWKV-7's kernels); "sigmoid": by e^{−e^{−½}·σ(decay)}, which is e^{−0.60653·σ(decay)} (RWKV-7's paper).
 
     Raises:
-        ValueError: another convention; a positive log decay.
+        ValueError, TypeError: another convention, dtype; a positive log decay.
     """
+    expect_type(isinstance(decay, Tensor) and decay.is_floating_point(), "decay", "a floating tensor", decay)
     if convention == "exp":
         return -decay.exp()
     if convention == "sigmoid":
         return -(math.exp(-0.5) * decay.sigmoid())
     expect(convention == "log", "convention", "'log', 'exp' or 'sigmoid'", convention)
-    check_decay(decay)
+    check_decay(decay, "decay")
     return decay
 
 
-def check_decay(w: Tensor) -> None:
+def check_decay(w: Tensor, name: str) -> None:
     if can_read(w) and w.numel():
-        largest = w.detach().max().item()
-        expect(not largest > 0, "w", "log decays ≤ 0 (log_decay converts other forms)", largest)
+        largest = (w.detach() if w.requires_grad else w).max().item()
+        expect(not largest > 0, name, "log decays ≤ 0 (log_decay converts other forms)", largest)
 
 
 # ------------------------------------------------------------------------------------------------ declaration
