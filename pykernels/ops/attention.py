@@ -312,7 +312,8 @@ def _attention(
             to the scaled (and capped) scores; differentiable; -inf masks.
         causal: query i sees keys j ≤ i + M − N, aligned to the bottom right.
         window: (left, right): query i sees keys from i + M − N − left to i + M − N + right; None or -1 is unbounded.
-        scale: multiplies query·key; D^-0.5 unless given.
+        scale: multiplies query·key; D^-0.5 unless given. As softcap and dropout_p a number, numpy's too: torch.compile
+            compiles once for each of its values, and once for all lengths.
         softcap: scores become softcap · tanh(scores / softcap), before bias; None or 0 is off (Gemma 2, 2408.00118).
         alibi_slopes: [H] or [B, H]: slope · |i + M − N − j| is taken off the scores (ALiBi, 2108.12409);
             differentiable.
@@ -327,7 +328,8 @@ def _attention(
         key has output 0, lse -inf and zero gradients.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or value other than the above, before anything is computed.
+        ValueError, TypeError: a shape, dtype, device or value other than the above, before anything is computed; a
+            number that is a tensor, whose gradient would be lost.
 
     Differences from F.scaled_dot_product_attention: causal is aligned to the last key, masked rows are 0, and bias
     gradients, windows, softcap, ALiBi and lse exist. Source: FlashAttention-2, arXiv 2307.08691.
