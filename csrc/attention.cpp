@@ -244,6 +244,15 @@ class Forward {
 
   int64_t rows_in(const Head& head) const { return in.group() * in.sequences[head.sequence].queries; }
 
+  // Of heads begin .. end-1, in nanoseconds.
+  double work(size_t begin, size_t end) const {
+    double sum = 0;
+    for (size_t h = begin; h < end; ++h)
+      sum += double(in.sequences[heads[h].sequence].keys) *
+             (rows_in(heads[h]) * MULTIPLY_ADD / 2 + sizeof(Storage) * BYTE);  // tiles of two multiply-adds a cycle
+    return sum * (in.key.size[3] + in.value.size[3]);
+  }
+
   Task row_block(int64_t h, int64_t block, Span keys) const {
     int64_t row0 = block * BLOCK_ROWS;
     return {h, row0, std::min(BLOCK_ROWS, rows_in(heads[h]) - row0), keys, -1};
@@ -256,7 +265,7 @@ class Forward {
     for (const Head& head : heads) units = std::max(units, head.packed_blocks * block_units());
     Buffer<Unit> packed(workers * units);
     Workspace scratch(*this, workers);
-    run_tasks(heads.size(), [&](int64_t worker, int64_t h) {
+    run_tasks(heads.size(), work(0, heads.size()), [&](int64_t worker, int64_t h) {
       const Head& head = heads[h];
       Unit* mine = packed.get() + worker * units;
       for (int64_t b = 0; b < head.packed_blocks; ++b) pack_head_block(head, b, mine, scratch[worker].stage);
@@ -288,18 +297,19 @@ class Forward {
     Buffer<Unit> packed(packed_units);
     Buffer<Acc> partial(partials * partial_size());
     Workspace scratch(*this, std::min<int64_t>(std::max(tasks.size(), blocks.size()), thread_count()));
-    run_tasks(blocks.size(), [&](int64_t worker, int64_t i) {
+    const double packing = double(packed_units) * sizeof(Unit) * BYTE;
+    run_tasks(blocks.size(), packing, [&](int64_t worker, int64_t i) {
       const Head& head = heads[blocks[i].first];
       pack_head_block(head, blocks[i].second, packed.get() + head.packed_at, scratch[worker].stage);
     });
-    run_tasks(tasks.size(), [&](int64_t worker, int64_t i) {
+    run_tasks(tasks.size(), work(begin, end), [&](int64_t worker, int64_t i) {
       const Task& task = tasks[i];
       attend(task, scratch[worker], packed.get() + heads[task.head].packed_at);
       if (task.partial < 0) finish(task, scratch[worker]);
       else save_partial(task, scratch[worker], partial.get() + task.partial * partial_size());
     });
     if (partials > 0)
-      run_tasks(tasks.size(), [&](int64_t worker, int64_t i) {
+      run_tasks(tasks.size(), double(partials) * partial_size() * sizeof(Acc) * BYTE, [&](int64_t worker, int64_t i) {
         const Task& task = tasks[i];
         if (task.partial < 0 || task.keys.first > 0) return;
         merge(task, scratch[worker], partial.get() + task.partial * partial_size());

@@ -293,11 +293,13 @@ class Backward {
       partial += head.splits * key_blocks(head) * block_size();
     }
     Buffer<Acc> partials(partial);
-    run_tasks(chains.size(), [&](int64_t worker, int64_t i) {
+    double products = 0;
+    for (const Head& head : heads) products += double(rows_in(head)) * in.sequences[head.sequence].keys;
+    run_tasks(chains.size(), products * (3 * D() + 2 * Dv()) * MULTIPLY_ADD / 2, [&](int64_t worker, int64_t i) {
       for (const Task& task : chains[i])
         differentiate(task, scratch[worker], partials.get() + heads[task.head].partial_at);
     });
-    run_tasks(sums.size(), [&](int64_t, int64_t i) {
+    run_tasks(sums.size(), double(partial) * sizeof(Acc) * BYTE, [&](int64_t, int64_t i) {
       const Head& head = heads[sums[i].head];
       Acc* sum = partials.get() + head.partial_at + sums[i].split * block_size();
       for (int64_t split = 1; split < head.splits; ++split) {
@@ -637,7 +639,7 @@ class Backward {
 
   void finish_bias() const {
     constexpr int64_t PIECE = 1 << 14;
-    run_tasks(ceil_div(bias_sum.count, PIECE), [&](int64_t, int64_t i) {
+    run_tasks(ceil_div(bias_sum.count, PIECE), double(bias_sum.count) * bias_sum.copies, [&](int64_t, int64_t i) {
       for (int64_t j = i * PIECE; j < std::min(bias_sum.count, (i + 1) * PIECE); ++j) {
         Acc sum = bias_sum.data[j];
         for (int64_t copy = 1; copy < bias_sum.copies; ++copy) sum += bias_sum.data[copy * bias_sum.count + j];

@@ -71,7 +71,8 @@ def reference(
         active = torch.arange(len(input), device=input.device)[:, None] < lengths
         input = torch.where(active[..., None], input, 0)  # padding may hold anything
     from_input = torch.nn.functional.linear(input, weight_ih, bias_ih)
-    h, c, outputs = h0, c0, [input.new_zeros(0)] * len(input)
+    h, c = (s if s is None else s.clone() for s in (h0, c0))  # of no steps too, the results are no argument's memory
+    outputs = [input.new_zeros(0)] * len(input)
     for t in range(len(input))[:: -1 if reverse else 1]:
         before = h, c
         if resets is not None:
@@ -81,7 +82,7 @@ def reference(
         if active is not None:
             outputs[t] = torch.where(active[t, :, None], h, 0)
             h, c = (s if s is None else torch.where(active[t, :, None], s, old) for s, old in zip((h, c), before))
-    output = torch.stack(outputs) if outputs else h0[None][:0]
+    output = torch.stack(outputs) if outputs else h[None][:0]
     return output[0] if step else output[where] if packed else output, h, c
 
 
@@ -503,9 +504,11 @@ def _check_batch_sizes(batch_sizes, input, B) -> None:
 
 def _layer(
     gates, T, B, I, H, *, P=None, bias=True, state=True, lengths=None, resets=None, packed=None, order="tbi", size=1.0,
-    step=False, **options,
+    large=False, step=False, **options,
 ):  # fmt: skip
-    """make(dtype, device) for a sequence. resets: their probability; packed: lengths, descending; size: of input."""
+    """make(dtype, device) for a sequence. resets: their probability; packed: lengths, descending; size: of input.
+    large: gates of ±1e38, and of ±inf where two biases of the dtype's largest numbers meet. (Not by the input: a
+    saturated gate's derivative is nothing but a rounding, which that would magnify.)"""
 
     def make(dtype, device):
         def draw(*shape):
@@ -531,6 +534,11 @@ def _layer(
         if packed is not None:
             inputs["batch_sizes"] = (torch.arange(T)[:, None] < torch.tensor(packed)).sum(1)
             inputs["input"] = size * torch.randn(sum(packed), I, dtype=dtype, device=device)
+        if large:
+            most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+            inputs["bias_ih"] = (torch.rand(gates * H, device=device) * 2 - 1).to(dtype) * most
+            for name in ("bias_ih", "bias_hh"):
+                inputs[name][::3], inputs[name][1::5] = most, -most
         if step:
             inputs["input"] = inputs["input"][0]
         return inputs | options
@@ -583,6 +591,7 @@ def _samples(op):
         Sample("packed, reverse", op(7, 5, 6, 18, packed=(7, 5, 3, 3, 1), reverse=True)),
         Sample("batch first", op(6, 4, 7, 20, order="bti")),
         Sample("saturated", op(6, 4, 7, 20, size=300.0), _LARGE),
+        Sample("gates of ±1e38 and ±inf", op(6, 4, 7, 20, large=True)),
         Sample("no steps", op(0, 3, 5, 6)),
         Sample("no sequences", op(4, 0, 5, 6)),
         Sample("no features", op(4, 3, 0, 6)),
@@ -607,6 +616,7 @@ def _step_samples(op):
         Sample("many sequences", op(33, 20, 35)),
         Sample("no bias", op(4, 5, 17, bias=False)),
         Sample("saturated", op(4, 6, 20, size=300.0), _LARGE),
+        Sample("gates of ±1e38 and ±inf", op(4, 6, 20, large=True)),
         Sample("no sequences", op(0, 5, 6)),
     ]
 
