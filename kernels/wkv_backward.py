@@ -552,7 +552,7 @@ AUDIT_EXCEPTIONS = [
       for kernel, reason in (
           ("_keys", "three pieces of two operands need registers; RWKV-7 has twice the tiles; other sizes spill more"),
           ("_prepare", "4 bytes, on sm_100 alone"),
-          ("_values", "RWKV-7 has four times the tiles: up to 80 bytes on sm_100; other sizes spill more, or load narrow"))),
+          ("_values", "RWKV-7 has four times the tiles: up to 80 bytes on sm_100; other sizes do no better"))),
     *(dict(kernel=kernel, check="spill", where={"EVEN_K": False},
            reason="masks along K cost RWKV-7 the registers that a power of two leaves free")
       for kernel in ("_prepare", "_keys")),
