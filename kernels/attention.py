@@ -59,7 +59,6 @@ from .attention_tiles import (
     _load_rows,
     _load_slope,
     _locate,
-    _masked,
     _paged,
     _probabilities,
     _products,
@@ -226,13 +225,14 @@ def _grad_q(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, do_ptr, out_ptr, lse_ptr,
         dlse_ptr, dq_ptr, top_ptr, low_ptr, delta_ptr, dslope_ptr, q_strides, k_strides, v_strides, bias_strides,
         slopes_strides, do_strides, out_strides, dlse_strides, dq_strides,
-        H, GROUP, N, M, S, steps, blocks, left, right, scale, softcap, threshold, inv_keep,
+        H, GROUP, N, M, S, steps, blocks, left, right, scale, multiplier, softcap, threshold, inv_keep,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
-        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BULK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FLIP: tl.constexpr, BULK: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr):
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     EXACT: tl.constexpr = (q_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     FOREIGN: tl.constexpr = (lengths_ptr is not None) or (cu_k_ptr is not None)
-    factor = _unit(bias_ptr, slopes_ptr, scale, softcap, SOFTCAP) * LOG2E
+    factor = _unit(bias_ptr, slopes_ptr, multiplier, softcap, SOFTCAP) * LOG2E
     pid = tl.program_id(0)
     slot = pid % blocks
     if RIGHT:
@@ -260,6 +260,8 @@ def _grad_q(
     delta = tl.where(dead, 0.0, delta)
     tl.store(delta_ptr + row + i, delta, mask=valid)
     q = _load(_base(q_ptr, b, h, q_first, q_strides), wide * q_strides[2], valid, q_strides[3], D, BLOCK_D)
+    if FLIP:  # as in the forward
+        q = -q
     if bias_ptr is not None:
         bias_ptr = _base(bias_ptr, b, h, 0, bias_strides)
     slope = _load_slope(slopes_ptr, b, h, slopes_strides)
@@ -273,8 +275,7 @@ def _grad_q(
     low = tl.where(dead, float("inf"), lse * LOG2E)
     is_large = (tl.abs(lse) > LARGE) & (dead == 0)
     if tl.max(is_large.to(tl.int32)) > 0:
-        sign = tl.where(factor < 0, -1.0, 1.0).to(ACC)
-        best = tl.full((BLOCK_M,), LOWEST_64 if ACC == tl.float64 else LOWEST, ACC)  # of s · sign
+        best = tl.full((BLOCK_M,), LOWEST_64 if ACC == tl.float64 else LOWEST, ACC)
         total = tl.zeros((BLOCK_M,), ACC)
         for phase in tl.static_range(0 if LEFT else 1, 3):
             for start in tl.range(edges[phase], edges[phase + 1], BLOCK_N):
@@ -286,15 +287,12 @@ def _grad_q(
                 if bias_ptr is not None:
                     bias = _load_bias(bias_ptr, i[:, None], j[None, :], n, length, bias_strides, phase != 1)
                 s, _ = _scores(s, p[:, None], j[None, :], bias, slope, j[None, :], _rows(first_seen), _rows(last_seen),
-                               scale, softcap, SOFTCAP, EXACT, False)
-                s *= sign
-                if phase != 1:
-                    s = _masked(s, j[None, :], _rows(first_seen), _rows(last_seen))
+                               multiplier, softcap, SOFTCAP, EXACT, phase != 1)
                 new = tl.maximum(best, tl.max(s, 1))
-                prob = tl.exp2((s - new[:, None]) * tl.abs(factor))
-                total = total * tl.exp2((best - new) * tl.abs(factor)) + tl.sum(prob, 1)
+                prob = tl.exp2((s - new[:, None]) * factor)
+                total = total * tl.exp2((best - new) * factor) + tl.sum(prob, 1)
                 best = new
-        top = tl.where(is_large, best * sign, top)
+        top = tl.where(is_large, best, top)
         low = tl.where(is_large, tl.log2(tl.where(total == 0, 1.0, total)), low)
     tl.store(top_ptr + row + i, top, mask=valid)
     tl.store(low_ptr + row + i, low, mask=valid)
@@ -312,7 +310,7 @@ def _grad_q(
             if bias_ptr is not None:
                 bias = _load_bias(bias_ptr, i[:, None], j[None, :], n, length, bias_strides, phase != 1)
             s, slack = _scores(s, p[:, None], j[None, :], bias, slope, j[None, :], _rows(first_seen), _rows(last_seen),
-                               scale, softcap, SOFTCAP, EXACT, phase != 1)
+                               multiplier, softcap, SOFTCAP, EXACT, phase != 1)
             keep = None
             if seed_ptr is not None:
                 keep = _keep(seed_ptr, i, start, b * H + h, threshold, BLOCK_N)
@@ -334,14 +332,15 @@ def _grad_q(
 def _grad_kv(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, do_ptr, top_ptr,
         low_ptr, delta_ptr, dk_ptr, dv_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides,
-        dk_strides, dv_strides, H, GROUP, N, M, S, steps, blocks, left, right, scale, softcap, threshold, inv_keep,
+        dk_strides, dv_strides, H, GROUP, N, M, S, steps, blocks, left, right, scale, multiplier, softcap, threshold,
+        inv_keep,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
-        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BULK: tl.constexpr, GQA: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr):
+        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FLIP: tl.constexpr, BULK: tl.constexpr, GQA: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     ACC: tl.constexpr = top_ptr.dtype.element_ty
     EXACT: tl.constexpr = (k_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     FOREIGN: tl.constexpr = cu_q_ptr is not None
-    factor = _unit(bias_ptr, slopes_ptr, scale, softcap, SOFTCAP) * LOG2E
+    factor = _unit(bias_ptr, slopes_ptr, multiplier, softcap, SOFTCAP) * LOG2E
     pid = tl.program_id(0)
     heads = H // GROUP
     b = pid // blocks // heads
@@ -354,6 +353,8 @@ def _grad_kv(
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     wide = j.to(tl.int64)
     k = _load(_base(k_ptr, b, hk, k_first, k_strides), wide * k_strides[2], j < length, k_strides[3], D, BLOCK_D)
+    if FLIP:
+        k = -k
     v = _load(_base(v_ptr, b, hk, k_first, v_strides), wide * v_strides[2], j < length, v_strides[3], DV, BLOCK_DV)
 
     # The queries that see these keys: the windows change places. Keys beyond the length are seen by none,
@@ -386,7 +387,7 @@ def _grad_kv(
                 bias_base = _base(bias_ptr, b, h, 0, bias_strides)
                 bias = _load_bias(bias_base, i[None, :], j[:, None], n, length, bias_strides, phase != 1)
             s, slack = _scores(s, p[None, :], j[:, None], bias, slope, i[None, :], first_seeing[:, None],
-                               _rows(last_seeing), scale, softcap, SOFTCAP, EXACT, phase != 1)
+                               _rows(last_seeing), multiplier, softcap, SOFTCAP, EXACT, phase != 1)
             keep = None
             if seed_ptr is not None:
                 keep = tl.trans(_keep(seed_ptr, i, block * BLOCK_N, b * H + h, threshold, BLOCK_N))
@@ -411,10 +412,10 @@ def _grad_kv(
 def _grad_bias(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, seed_ptr, do_ptr, top_ptr, low_ptr, delta_ptr,
         dbias_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides, dbias_strides,
-        B, H, GROUP, N, M, left, right, scale, softcap, threshold, inv_keep, bias_B, bias_H,
+        B, H, GROUP, N, M, left, right, scale, multiplier, softcap, threshold, inv_keep, bias_B, bias_H,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
-        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ONE_N: tl.constexpr, ONE_M: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr):
+        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FLIP: tl.constexpr, ONE_N: tl.constexpr, ONE_M: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """ONE_N, ONE_M: the bias has one row, one column."""
     ACC: tl.constexpr = top_ptr.dtype.element_ty
     EXACT: tl.constexpr = (q_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
@@ -447,6 +448,8 @@ def _grad_bias(
         low = _load_rows(low_ptr + row, i, N, float("inf"))
         delta = _load_rows(delta_ptr + row, i, N, 0)
         q = _load(_base(q_ptr, b, h, 0, q_strides), wide_i * q_strides[2], i < N, q_strides[3], D, BLOCK_D)
+        if FLIP:
+            q = -q
         do = _load(_base(do_ptr, b, h, 0, do_strides), wide_i * do_strides[2], i < N, do_strides[3], DV, BLOCK_DV)
         k = _load(_base(k_ptr, b, hk, 0, k_strides), wide_j * k_strides[2], j < length, k_strides[3], D, BLOCK_D)
         v = _load(_base(v_ptr, b, hk, 0, v_strides), wide_j * v_strides[2], j < length, v_strides[3], DV, BLOCK_DV)
@@ -455,7 +458,7 @@ def _grad_bias(
         bias = _load_bias(bias_base, i[:, None], j[None, :], N, length, bias_strides, True)
         first_seen, last_seen = _bounds(p, length, left, right, LEFT, RIGHT)
         s, _ = _scores(s, p[:, None], j[None, :], bias, _load_slope(slopes_ptr, b, h, slopes_strides), j[None, :],
-                       _rows(first_seen), _rows(last_seen), scale, softcap, SOFTCAP, EXACT, True)
+                       _rows(first_seen), _rows(last_seen), multiplier, softcap, SOFTCAP, EXACT, True)
         keep = None
         if seed_ptr is not None:
             keep = _keep(seed_ptr, i, start_j, b * H + h, threshold, BLOCK_N)
@@ -594,6 +597,11 @@ def _plan(query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed
     return pack, max(1, min(wanted, M // (4 * block_n))), (block_m, block_n), options
 
 
+def _multiplier(scale):
+    """Of products, whose sign FLIP takes; not 0, which would make a NaN of a masked score"""
+    return max(abs(scale), 1e-30)
+
+
 def _softcap_kind(softcap):
     """False: none; 2: so large that it would multiply the cancellation of a tanh near 0; else True"""
     return 2 if softcap > 256 else softcap > 0
@@ -649,7 +657,7 @@ def forward(query, key, value, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu
     if splits > 1:
         part, part_lse, part_strides = scratch, scratch[splits * B * H * N * DV:], (H * N * DV, N * DV, DV, 1)
     k, v, bulk = (key, value, False) if block_table is not None else _bulk(block_n, key, value)
-    multiplier = max(abs(scale), 1e-30)  # not 0, which makes a NaN of a masked score
+    multiplier = _multiplier(scale)
     by_fma = BY_FMA.get((_target(), max(64, _padded(max(D, DV)))), 0) if query.dtype.itemsize == 2 else 0
     _forward[(blocks * splits * B * (Hk if pack else H),)](
         query, k, v, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, block_table, seed, part, part_lse,
@@ -681,8 +689,8 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes
     extras = bias, alibi_slopes, key_lengths
     strides = (query.stride(), key.stride(), value.stride(), _broadcast(bias), _broadcast(alibi_slopes),
                grad_out.stride())
-    scalars = *windows, scale, softcap, *dropout
-    constants = D, DV, _padded(D), _padded(DV), *sides, _softcap_kind(softcap)
+    scalars = *windows, scale, _multiplier(scale), softcap, *dropout
+    constants = D, DV, _padded(D), _padded(DV), *sides, _softcap_kind(softcap), scale < 0
     if B * H * N:
         (block_m, block_n), options = _config("grad_q", query, value, scored, cu_seqlens_q is not None)
         S, steps, blocks = _packed(N, block_m, cu_seqlens_q)
@@ -695,7 +703,7 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes
     if B * Hk * M:
         if window_right < 0:  # as a window that reaches everything: without its branch the compiler spills (40 bytes)
             scalars = windows[0], N + M, *scalars[2:]
-            constants = *constants[:5], True, constants[6]
+            constants = *constants[:5], True, *constants[6:]
         (block_m, block_n), options = _config("grad_kv", query, value, scored, cu_seqlens_q is not None)
         S, steps, blocks = _packed(M, block_n, cu_seqlens_k)
         q, do, bulk = _bulk(block_m, query, grad_out)

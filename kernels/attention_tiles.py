@@ -3,7 +3,7 @@
   S ← cap · tanh(scale · q·k / cap) + bias − slope · |p − j|, −inf where masked;  P = e^(S − lse);  dS = P ∘ (dP − Δ)
 
 Scores have a unit (_unit), by which they are multiplied after the difference from a maximum: s · unit, rounded, is off
-by more than an exponent holds from 1e9 on, and infinite at 3e38. A product would join the difference in one multiply-add,
+by more than an exponent holds from 1e9 on, and infinite at 3e38. A product would join that difference in one operation,
 which does not round it as its maximum was rounded: so a score is no product of another.
 Nothing here loops over a sequence or knows which gradient is wanted.
 """
@@ -240,18 +240,6 @@ def _unit(bias_ptr, slopes_ptr, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _masked(s, x, low, high):
-    """s, −inf where x is not from low up to high; either may be None"""
-    if high is None:
-        seen = x >= low
-    elif low is None:
-        seen = x < high
-    else:
-        seen = (x >= low) & (x < high)
-    return tl.where(seen, s, float("-inf"))
-
-
-@triton.jit
 def _scores(s, p, j, bias, slope, x, low, high, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
             MASKED: tl.constexpr):
     """Products s = q·k -> (scores in their unit, −inf where masked; derivative of the softcap).
@@ -272,7 +260,13 @@ def _scores(s, p, j, bias, slope, x, low, high, scale, softcap, SOFTCAP: tl.cons
     if slope is not None:
         s -= slope * tl.abs(p - j).to(s.dtype)
     if MASKED:
-        s = _masked(s, x, low, high)
+        if high is None:
+            seen = x >= low
+        elif low is None:
+            seen = x < high
+        else:
+            seen = (x >= low) & (x < high)
+        s = tl.where(seen, s, float("-inf"))
     return s, slack
 
 
