@@ -302,9 +302,8 @@ def _exp2(x, BY_FMA: tl.constexpr):
 
 @triton.jit
 def _probabilities(s, top, low, factor):
-    """Scores, top in their unit, low in base 2 (of infinity, P is 0) -> P = 2^((s − top) · factor − low), at most 1
-    where another order of a product's sum would have it beyond"""
-    return tl.exp2(tl.minimum((s - top) * factor - low, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    """Scores, top in their unit, low in base 2 (of infinity, P is 0) -> P = 2^((s − top) · factor − low)"""
+    return tl.exp2((s - top) * factor - low)
 
 
 @triton.jit
