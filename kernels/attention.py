@@ -44,11 +44,11 @@ from .attention_tiles import (
     LOG2E,
     LOWEST,
     _base,
-    _bounds,
     _dot,
     _dropped,
     _exp2,
     _grad_scores,
+    _high,
     _keep,
     _length,
     _load,
@@ -56,6 +56,7 @@ from .attention_tiles import (
     _load_rows,
     _load_slope,
     _locate,
+    _low,
     _paged,
     _probabilities,
     _products,
@@ -127,7 +128,8 @@ def _forward(
     slope = _load_slope(slopes_ptr, b, h, slopes_strides)
 
     edges = _tiles(first, last, length, left, right, LEFT, RIGHT, BLOCK_N)
-    low, high = _bounds(p, length, left, right, LEFT, RIGHT)
+    low = _low(p, left, LEFT)
+    high = _high(p, length, right, RIGHT)
     if SPLIT:  # this split's share of the visible blocks
         share = tl.cdiv(tl.cdiv(edges[3] - edges[0], BLOCK_N), splits) * BLOCK_N
         begin = tl.minimum(edges[0] + split * share, edges[3])
@@ -253,7 +255,8 @@ def _grad_q(
     first = block * BLOCK_M + offset
     last = tl.minimum(block * BLOCK_M + BLOCK_M, n) - 1 + offset
     edges = _tiles(first, last, length, left, right, LEFT, RIGHT, BLOCK_N)
-    low, high = _bounds(p, length, left, right, LEFT, RIGHT)
+    low = _low(p, left, LEFT)
+    high = _high(p, length, right, RIGHT)
     dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     dslope = tl.zeros((BLOCK_M,), ACC)
     for phase in tl.static_range(0 if LEFT else 1, 3):
@@ -405,7 +408,8 @@ def _grad_bias(
         s = _products(q, k, ACC)  # [BLOCK_M, BLOCK_N]
         bias_base = _base(bias_ptr, b, h, 0, bias_strides)
         bias = _load_bias(bias_base, i[:, None], j[None, :], N, length, bias_strides, True)
-        low, high = _bounds(p, length, left, right, LEFT, RIGHT)
+        low = _low(p, left, LEFT)
+        high = _high(p, length, right, RIGHT)
         s, _ = _scores(s, p[:, None], j[None, :], bias, _load_slope(slopes_ptr, b, h, slopes_strides), j[None, :],
                        _rows(low), _rows(high), scale, softcap, SOFTCAP, EXACT, True)
         keep = None

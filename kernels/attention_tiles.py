@@ -2,7 +2,8 @@
 
   S ← cap · tanh(scale · q·k / cap) + bias − slope · |p − j|, −inf where masked;  P = e^(S − lse);  dS = P ∘ (dP − Δ)
 
-Scores are in base 2. Nothing here loops over a sequence or knows which gradient is wanted.
+Scores are in base 2. Nothing here loops over a sequence or knows which gradient is wanted. A bare `return` gives None,
+which Triton 3.6 returns in no other way.
 """
 import triton
 import triton.language as tl
@@ -69,19 +70,24 @@ def _tiles(first, last, count, before, after, BEFORE: tl.constexpr, AFTER: tl.co
 
 
 @triton.jit
-def _bounds(p, length, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """The keys that queries at positions p: [BLOCK_M] see -> low or None, high: [BLOCK_M]"""
-    high = tl.minimum(p + (right + 1), length) if RIGHT else tl.zeros_like(p) + length
+def _low(p, left, LEFT: tl.constexpr):
+    """The first keys that queries at positions p: [BLOCK_M] see, or None"""
     if LEFT:
-        return p - left, high
+        return p - left
     else:
-        return None, high
+        return
+
+
+@triton.jit
+def _high(p, length, right, RIGHT: tl.constexpr):
+    """The key after the last that queries at positions p: [BLOCK_M] see"""
+    return tl.minimum(p + (right + 1), length) if RIGHT else tl.zeros_like(p) + length
 
 
 @triton.jit
 def _rows(bound):
     if bound is None:
-        return None
+        return
     else:
         return bound[:, None]
 
@@ -116,7 +122,7 @@ def _inside(valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
     cols = tl.arange(0, BLOCK_D)[None, :] < D
     if valid is None:
         if D == BLOCK_D:
-            return None
+            return
         else:
             return cols
     else:
@@ -186,7 +192,7 @@ def _load_bias(base, i, j, N, length, strides, MASKED: tl.constexpr):
 @triton.jit
 def _load_slope(slopes_ptr, b, h, strides):
     if slopes_ptr is None:
-        return None
+        return
     else:
         return tl.load(slopes_ptr + b * strides[0] + h * strides[1])
 
