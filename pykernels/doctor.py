@@ -13,6 +13,7 @@ import subprocess
 import torch
 
 from . import OPS, __version__, available_backends, native
+from .registry import TRITON_NEEDED
 
 
 def machine() -> dict[str, str]:
@@ -83,7 +84,8 @@ def main(args: argparse.Namespace) -> int:
     compilers = {"C++ compiler": _compiler("c++"), "CUDA compiler": _compiler("nvcc")}
     gpus = {} if torch.cuda.is_available() else {"GPU": "torch sees none"}
     for name, value in {**machine(), **gpus, **compilers}.items():
-        facts.add_row(name, escape(value))
+        needed = f" ({TRITON_NEEDED} or newer is needed)" if name == "triton" else ""
+        facts.add_row(name, escape(value + needed))
     console.print(facts)
 
     columns = ("reference", "cpu", "triton", "cuda")
