@@ -73,8 +73,12 @@ MAX_HEAD_DIM = 256
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 # strides: (batch, head, row, column) in elements. N, M: rows of the query and key axes (packed: of all S sequences).
 # blocks: slots of the owned axis, see _locate. left, right, scale, softcap, threshold, inv_keep: as in the equations.
+# One compilation serves all counts and windows, and but for these all lengths: a single query has kernels of its own,
+# and where N is the distance of rows of lse and Δ (a split's: count), its being a multiple of 16 makes loads wide.
 
-@triton.jit
+_COUNTS = ["B", "M", "S", "steps", "blocks", "part", "pages", "left", "right", "bias_B"]
+
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=["N", "splits"])
 def _forward(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, table_ptr, seed_ptr, out_ptr,
         lse_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, out_strides,
@@ -182,7 +186,7 @@ def _forward(
     tl.store(lse_ptr + (b.to(tl.int64) * H + h) * N + q_first + g * N + i, lse, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=["N", "splits"])
 def _merge(part_ptr, part_lse_ptr, out_ptr, lse_ptr, out_strides, H, N, count, splits,
            DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):
     """out = Σ_s e^(lse_s − lse) out_s over partials [splits, count = B·H·N, DV], lse = log Σ_s e^lse_s"""
@@ -209,7 +213,7 @@ def _merge(part_ptr, part_lse_ptr, out_ptr, lse_ptr, out_strides, H, N, count, s
     tl.store(lse_ptr + rows, tl.where(dead, float("-inf"), top + tl.log(tl.where(dead, 1.0, total))), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _grad_q(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, do_ptr, out_ptr, lse_ptr,
         dlse_ptr, dq_ptr, lse2_ptr, delta_ptr, dslope_ptr, q_strides, k_strides, v_strides, bias_strides,
@@ -288,7 +292,7 @@ def _grad_q(
         tl.store(dslope_ptr + row + i, dslope, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _grad_kv(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, do_ptr, lse2_ptr,
         delta_ptr, dk_ptr, dv_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides,
@@ -363,7 +367,7 @@ def _grad_kv(
     _store(_base(dv_ptr, b, hk, k_first, dv_strides), wide * dv_strides[2], valid, dv_strides[3], dv, DV, BLOCK_DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _grad_bias(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, seed_ptr, do_ptr, lse2_ptr, delta_ptr, dbias_ptr,
         q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides, dbias_strides,

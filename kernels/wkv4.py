@@ -455,8 +455,8 @@ def forward(w, u, k, v, state, y, final, checkpoints):
     chunks = max(1, triton.cdiv(T, steps))
     if chunks > 1:
         starts = w.new_empty((chunks, B, 3, C))
-        _forward[_grid(C, options, B, chunks - 1)](
-            w, u, k, v, None, None, starts, None, B, T, C, steps, **options)
+        _forward[_grid(C, options, B, chunks - 1)](  # all but the last chunk, which are whole
+            w, u, k, v, None, None, starts, None, B, T, C, steps, **options | {"FULL": True})
         _scan[_grid(C, scan_options, B)](w, state, starts, B, C, chunks, steps, **scan_options)
         state = starts
     _forward[_grid(C, options, B, chunks)](
