@@ -6,14 +6,16 @@ import collections
 import inspect
 import json
 import pathlib
+import subprocess
 import sys
 import types
 
 import pytest
 import torch
 
+import pykernels
 from pykernels import audit, registry
-from pykernels.audit import baseline, disassembly, ir, measure, model, recorder
+from pykernels.audit import baseline, disassembly, environment, ir, measure, model, recorder
 
 triton = pytest.importorskip("triton", reason="the audit compiles Triton kernels")
 if registry.INTERPRET:
@@ -528,6 +530,30 @@ def test_audit_of_an_op(probe, tmp_path, capsys, monkeypatch):
     output = capsys.readouterr().out
     assert "FAIL sm_80 audit_probe: add float32 BLOCK=1024 warps=4 stages=3 (plain): spill: made up" in output
     assert "8 failures" in output
+    command += ["--triton", triton.__version__]
+    assert audit.main(parser.parse_args(command)) == 0  # what spills runs
+    monkeypatch.setattr(measure, "_failures", lambda *_: [("shared memory", "made up")])
+    monkeypatch.setattr(measure, "_OWN_SOURCE", "a third")
+    assert audit.main(parser.parse_args(command)) == 1
+
+
+def test_another_triton_has_an_environment_of_its_own(tmp_path, monkeypatch):
+    """Whose packages come before this one's, which it sees all the same. pip is not run."""
+    done = types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(environment.subprocess, "run", lambda *_: done)
+    python = environment.python("0.1", tmp_path)
+    (own,) = tmp_path.glob("lib/python*/site-packages")
+    (own / "triton.py").touch()
+    monkeypatch.undo()
+    script = "import importlib.util as u\nfor name in ('triton', 'torch', 'pykernels'): print(u.find_spec(name).origin)"
+    run = subprocess.run([python, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(own / "triton.py"), torch.__file__, pykernels.__file__]
+    assert environment.python("0.1", tmp_path) == python  # made once
+    assert environment.python(triton.__version__) == sys.executable
+    done.returncode = 1
+    monkeypatch.setattr(environment.subprocess, "run", lambda *_: done)
+    with pytest.raises(RuntimeError, match="triton: expected a version"):
+        environment.python("0.2", tmp_path / "none")
 
 
 def test_unknown_names_are_refused():
