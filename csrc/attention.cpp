@@ -6,8 +6,8 @@
 // The queries of the G = H / Hk heads that share a key head are one list of G·N rows. A task owns a block of these
 // rows and a range of keys. It reads K and V in blocks of KEYS, six rows at a time, with the online softmax: running
 // maximum m, sum l and unnormalised output o, rescaled only when m has grown well. Everything between the two products
-// happens on a [6][KEYS] tile that stays in L1. Scores are in base 2 (m in units of log2): p = 2^(c·s − m) is one FMA
-// and one polynomial.
+// happens on a [6][KEYS] tile that stays in L1. p = 2^((s − m)·c): the difference comes first, and is exact near the
+// maximum whatever the scores' size; m·c, rounded, would be off by more than an exponent holds from scores of 1e9 on.
 //
 // K and V are packed for the microkernel (gemm_tile.h). With many heads each is one thread's, which packs it and runs
 // all its row blocks; with few, all threads pack, then share the row blocks. A task that alone reads its keys packs
@@ -35,11 +35,11 @@ struct Running {
   Acc *m, *l, *o;
 };
 
-// The maximum has grown to m: what was summed against the old one shrinks.
+// The maximum has grown to m: what was summed against the old one shrinks. c: scores to base 2.
 template <class Acc>
-void raise_maximum(Running<Acc> row, Acc m, int64_t width) {
+void raise_maximum(Running<Acc> row, Acc m, Acc c, int64_t width) {
   constexpr int W = lanes<Acc>;
-  Vec<Acc> alpha = exp2<Acc>(broadcast(*row.m - m));  // 0 when the old maximum was −inf
+  Vec<Acc> alpha = exp2<Acc>(broadcast((*row.m - m) * c));  // 0 when the old maximum was −inf
   *row.m = m;
   store(row.l, load<Vec<Acc>>(row.l) * alpha);
   for (int64_t d = 0; d < width; d += W) store(row.o + d, load<Vec<Acc>>(row.o + d) * alpha);
@@ -49,7 +49,7 @@ void raise_maximum(Running<Acc> row, Acc m, int64_t width) {
 // the factor, and few blocks after the first then rescale. p stays below 2^8.
 constexpr int SLACK = 8;
 
-// s: [KEYS] scores of one row, c > 0 to base 2. p: [KEYS / depth] gets 2^(c·s − m), times keep if there is one.
+// s: [KEYS] scores of one row, c > 0 to base 2. p: [KEYS / depth] gets 2^((s − m)·c), times keep if there is one.
 // A NaN score never raises m, but its p is NaN, and so the row's l and o.
 template <class P>
 PK_INLINE void softmax_row(const typename P::Acc* s, typename P::Acc c, const typename P::Acc* keep,
@@ -59,11 +59,11 @@ PK_INLINE void softmax_row(const typename P::Acc* s, typename P::Acc c, const ty
   auto top = load<Vec<Acc>>(s);
   PK_UNROLL
   for (int v = 1; v < VECTORS; ++v) top = max<Acc>(top, load<Vec<Acc>>(s + v * W));
-  if (any_greater<Acc>(top * c, broadcast(*row.m + SLACK))) raise_maximum(row, reduce_max<Acc>(top) * c, width);
+  if (any_greater<Acc>(top, broadcast(*row.m + SLACK / c))) raise_maximum(row, reduce_max<Acc>(top), c, width);
   const Acc m = *row.m == MINUS_INF<Acc> ? 0 : *row.m;  // nothing seen yet: −inf − −inf would be NaN
   auto sum = load<Vec<Acc>>(row.l);
   auto probability = [&](int v) {
-    auto x = exp2<Acc>(load<Vec<Acc>>(s + v * W) * c - m);
+    auto x = exp2<Acc>((load<Vec<Acc>>(s + v * W) - m) * c);
     sum += x;
     return keep ? x * load<Vec<Acc>>(keep + v * W) : x;
   };
@@ -244,6 +244,15 @@ class Forward {
 
   int64_t rows_in(const Head& head) const { return in.group() * in.sequences[head.sequence].queries; }
 
+  // Of heads begin .. end-1, in nanoseconds.
+  double work(size_t begin, size_t end) const {
+    double sum = 0;
+    for (size_t h = begin; h < end; ++h)
+      sum += double(in.sequences[heads[h].sequence].keys) *
+             (rows_in(heads[h]) * MULTIPLY_ADD / 2 + sizeof(Storage) * BYTE);  // tiles of two multiply-adds a cycle
+    return sum * (in.key.size[3] + in.value.size[3]);
+  }
+
   Task row_block(int64_t h, int64_t block, Span keys) const {
     int64_t row0 = block * BLOCK_ROWS;
     return {h, row0, std::min(BLOCK_ROWS, rows_in(heads[h]) - row0), keys, -1};
@@ -256,7 +265,7 @@ class Forward {
     for (const Head& head : heads) units = std::max(units, head.packed_blocks * block_units());
     Buffer<Unit> packed(workers * units);
     Workspace scratch(*this, workers);
-    run_tasks(heads.size(), [&](int64_t worker, int64_t h) {
+    run_tasks(heads.size(), work(0, heads.size()), [&](int64_t worker, int64_t h) {
       const Head& head = heads[h];
       Unit* mine = packed.get() + worker * units;
       for (int64_t b = 0; b < head.packed_blocks; ++b) pack_head_block(head, b, mine, scratch[worker].stage);
@@ -288,18 +297,19 @@ class Forward {
     Buffer<Unit> packed(packed_units);
     Buffer<Acc> partial(partials * partial_size());
     Workspace scratch(*this, std::min<int64_t>(std::max(tasks.size(), blocks.size()), thread_count()));
-    run_tasks(blocks.size(), [&](int64_t worker, int64_t i) {
+    const double packing = double(packed_units) * sizeof(Unit) * BYTE;
+    run_tasks(blocks.size(), packing, [&](int64_t worker, int64_t i) {
       const Head& head = heads[blocks[i].first];
       pack_head_block(head, blocks[i].second, packed.get() + head.packed_at, scratch[worker].stage);
     });
-    run_tasks(tasks.size(), [&](int64_t worker, int64_t i) {
+    run_tasks(tasks.size(), work(begin, end), [&](int64_t worker, int64_t i) {
       const Task& task = tasks[i];
       attend(task, scratch[worker], packed.get() + heads[task.head].packed_at);
       if (task.partial < 0) finish(task, scratch[worker]);
       else save_partial(task, scratch[worker], partial.get() + task.partial * partial_size());
     });
     if (partials > 0)
-      run_tasks(tasks.size(), [&](int64_t worker, int64_t i) {
+      run_tasks(tasks.size(), double(partials) * partial_size() * sizeof(Acc) * BYTE, [&](int64_t worker, int64_t i) {
         const Task& task = tasks[i];
         if (task.partial < 0 || task.keys.first > 0) return;
         merge(task, scratch[worker], partial.get() + task.partial * partial_size());
@@ -400,7 +410,7 @@ class Forward {
       score_in_place(task, key0, count, w);
     const bool edits = in.rules.edits();
     const bool boundary = w.full[t].first > key0 || w.full[t].last < key0 + KEYS;
-    const Acc c = edits ? LOG2E : in.rules.scale * LOG2E;
+    const Acc c = in.rules.unit() * LOG2E;
     Unit* p = probabilities(w);
     for (int64_t r = 0; r < rows; ++r) {
       const Row& row = w.rows[row0 + r];
@@ -438,13 +448,14 @@ class Forward {
   // The running state of all splits of a row block, from the first split's partial and those behind it.
   void merge(const Task& task, Scratch& w, const Acc* partial) const {
     const Head& head = heads[task.head];
+    const Acc c = in.rules.unit() * LOG2E;
     begin_rows(task, w);
     for (int64_t split = 0; split < head.splits; ++split, partial += partial_size())
       for (int64_t r = 0; r < task.rows; ++r) {
         Running<Acc> row = {w.m + r, w.l + r * W, w.o + r * v_width()};
-        if (partial[r] > *row.m) raise_maximum(row, partial[r], v_width());
+        if (partial[r] > *row.m) raise_maximum(row, partial[r], c, v_width());
         const Acc m = *row.m == MINUS_INF<Acc> ? 0 : *row.m;
-        Vec<Acc> weight = exp2<Acc>(broadcast(partial[r] - m));
+        Vec<Acc> weight = exp2<Acc>(broadcast((partial[r] - m) * c));
         row.l[0] += weight[0] * partial[BLOCK_ROWS + r];
         const Acc* o = partial + 2 * BLOCK_ROWS + r * v_width();
         for (int64_t d = 0; d < v_width(); d += W)
@@ -466,7 +477,7 @@ class Forward {
         std::fill_n(to, Dv(), Storage(0));
         continue;
       }
-      row_lse = static_cast<Acc>(w.m[r] * LN2 + std::log(static_cast<double>(l)));
+      row_lse = static_cast<Acc>(w.m[r] * in.rules.unit() + std::log(static_cast<double>(l)));
       const Acc factor = static_cast<Acc>(kept / l);
       const Acc* o = w.o + r * v_width();
       int64_t d = 0;

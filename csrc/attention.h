@@ -18,7 +18,7 @@
 namespace {
 
 constexpr int64_t KEYS = 64;  // keys in a block
-constexpr double LOG2E = 1.4426950408889634074, LN2 = 0.69314718055994530942;
+constexpr double LOG2E = 1.4426950408889634074;
 
 template <class T>
 constexpr T MINUS_INF = -std::numeric_limits<T>::infinity();
@@ -100,9 +100,12 @@ struct ScoreRules {
   int64_t slope_stride[2] = {};
   Dropout dropout;
 
-  // Without these a score is only multiplied, which the exponential's FMA does; but the running maximum of unscaled
-  // products is the scores' only if the scale is positive.
-  bool edits() const { return softcap > 0 || bias.kind != Bias::NONE || slopes || !(scale > 0); }
+  // Without these a score is only multiplied, which the exponential does; but the running maximum of unscaled products
+  // is the scores' only if the scale is positive, and it must leave room for a factor log2(e) and its inverse.
+  bool edits() const {
+    return softcap > 0 || bias.kind != Bias::NONE || slopes || !(scale > 0x1p-100 && scale < 0x1p100);
+  }
+  double unit() const { return edits() ? 1 : scale; }  // what a score of 1 stands for: products are not yet scaled
 };
 
 // One query row of a task.

@@ -6,6 +6,9 @@
 // With softcap dq and dk take dS · (1 − (c / softcap)²), c the capped score; with dropout dv takes the P that was used
 // and dS the masked dP. P = 0 where a key is masked or lse is −inf, by selection: nothing infinite is multiplied by 0.
 //
+// A large lse is rounded so coarsely that it has lost the logarithm of a sum: n equal scores of −1e38 would get P = 1
+// instead of 1/n. Tiles with such rows find the maximum and the sum anew, from the products that the gradients use.
+//
 // One pass, five products. A task owns a sequence, one of its key heads, and every splits-th block of ROWS of the
 // G·N query rows of that head's group (strided, so that a causal mask leaves the splits equal work). It packs its
 // rows of q and do once, then takes the keys block by block: K and V are packed, the block's dk and dv are summed in
@@ -34,6 +37,7 @@ constexpr int64_t TILES = ROWS / TILE_ROWS;
 static_assert(ROWS % TILE_ROWS == 0 && ROWS % lanes<float> == 0 && TILE_ROWS % 2 == 0);
 static_assert(KEYS % TILE_ROWS == 0 || KEYS % TILE_ROWS == 4);
 constexpr int64_t SUM_DEPTH = 64;  // gemm's
+constexpr double LARGEST_LSE = 1024;  // beyond, P would inherit an error of more than 2^-14 from lse's rounding
 constexpr int64_t LEAST_BLOCKS = 4;  // row blocks that repay packing the keys for one more split
 
 // lse or its gradient, [B, H, N].
@@ -83,18 +87,18 @@ struct BiasSum {
 // ---------------------------------------------------------------------------------------------------------------
 // Rows
 
-// What the gradients need of a query row. The differences are taken in two steps: so P = 1 and dP = Δ exactly, to the
-// last bit, where a row sees a single key.
+// What the gradients need of a query row: P = 2^((s − top)·c − low). The differences are taken in two steps: so P = 1
+// and dP = Δ exactly, to the last bit, where a row sees a single key.
 template <class Acc>
 struct RowSums {
-  Acc lse2 = -MINUS_INF<Acc>, lse2_low = 0;  // lse in base 2, to twice the precision; inf for a row that sees nothing
-  Acc delta = 0, grad_lse = 0;               // Σ do ∘ o without grad_lse, and that
+  Acc top = 0, low = -MINUS_INF<Acc>;  // lse in the scores' unit, and in base 2 what that leaves; a row that sees
+                                       // nothing has low = inf
+  Acc delta = 0, grad_lse = 0;         // Σ do ∘ o without grad_lse, and that
 
-  void set_lse(Acc lse) {
-    constexpr double LOG2E_LOW = 2.0355273740931033e-17;  // log2(e) − LOG2E
+  void set_lse(Acc lse, double unit) {
     if (lse == MINUS_INF<Acc>) return;
-    lse2 = static_cast<Acc>(lse * LOG2E);
-    lse2_low = static_cast<Acc>(std::fma(double(lse), LOG2E, -double(lse2)) + lse * LOG2E_LOW);
+    top = static_cast<Acc>(lse / unit);
+    low = static_cast<Acc>(std::fma(-double(top), unit, double(lse)) * LOG2E);
   }
 };
 
@@ -113,7 +117,7 @@ PK_INLINE void differentiate_row(Acc c, const RowSums<Acc>& row, const Acc* keep
   constexpr int W = lanes<Acc>;
   PK_UNROLL
   for (int64_t j = 0; j < KEYS; j += W) {
-    Vec<Acc> p = exp2<Acc>(load<Vec<Acc>>(s + j) * c - row.lse2 - row.lse2_low), used = p;
+    Vec<Acc> p = exp2<Acc>((load<Vec<Acc>>(s + j) - row.top) * c - row.low), used = p;
     auto d = load<Vec<Acc>>(dp + j);
     if (keep) {
       Vec<Bits<Acc>> dropped = load<Vec<Acc>>(keep + j) == Acc(0);
@@ -221,6 +225,7 @@ class Backward {
     Acc *keep, *derivative;
     Unit* stage;
     std::vector<Span> seen, full;  // by tile: keys that some of its rows see, that all see
+    std::vector<bool> large;       // by tile: some lse is beyond LARGEST_LSE
   };
 
   const Inputs<Storage>& in;
@@ -293,11 +298,13 @@ class Backward {
       partial += head.splits * key_blocks(head) * block_size();
     }
     Buffer<Acc> partials(partial);
-    run_tasks(chains.size(), [&](int64_t worker, int64_t i) {
+    double products = 0;
+    for (const Head& head : heads) products += double(rows_in(head)) * in.sequences[head.sequence].keys;
+    run_tasks(chains.size(), products * (3 * D() + 2 * Dv()) * MULTIPLY_ADD / 2, [&](int64_t worker, int64_t i) {
       for (const Task& task : chains[i])
         differentiate(task, scratch[worker], partials.get() + heads[task.head].partial_at);
     });
-    run_tasks(sums.size(), [&](int64_t, int64_t i) {
+    run_tasks(sums.size(), double(partial) * sizeof(Acc) * BYTE, [&](int64_t, int64_t i) {
       const Head& head = heads[sums[i].head];
       Acc* sum = partials.get() + head.partial_at + sums[i].split * block_size();
       for (int64_t split = 1; split < head.splits; ++split) {
@@ -346,7 +353,7 @@ class Backward {
     place(w.sums, rows * sizeof(RowSums<Acc>) / sizeof(Acc));
     place(w.g_columns, Dv() * ROWS);
     place(w.out_columns, Dv() * ROWS);
-    if (memory) w.seen.resize(blocks * TILES), w.full.resize(blocks * TILES);
+    if (memory) w.seen.resize(blocks * TILES), w.full.resize(blocks * TILES), w.large.resize(blocks * TILES);
     return {std::move(w), used};
   }
 
@@ -408,6 +415,7 @@ class Backward {
     const Storage *q[ROWS], *g[ROWS], *out[ROWS];
     std::fill(w.seen.begin(), w.seen.end(), Span{0, 0});
     std::fill(w.full.begin(), w.full.end(), Span{0, 0});
+    std::fill(w.large.begin(), w.large.end(), false);
     for (int64_t block = 0; block < blocks_of(task); ++block) {
       const Span rows = rows_of(task, block);
       const int64_t count = rows.last - rows.first, at = block * ROWS;
@@ -417,7 +425,10 @@ class Backward {
         const int64_t i = s.query_start + row.query;
         q[r] = in.query.at(s.batch, row.head, i), g[r] = saved.grad_out.at(s.batch, row.head, i);
         out[r] = saved.out.at(s.batch, row.head, i);
-        w.sums[at + r].set_lse(saved.lse.at(s.batch, row.head, i));
+        const Acc lse = saved.lse.at(s.batch, row.head, i);
+        const bool large = std::abs(lse) > LARGEST_LSE && lse != MINUS_INF<Acc>;
+        w.sums[at + r].set_lse(large ? 0 : lse, in.rules.unit());
+        if (large) w.large[(at + r) / TILE_ROWS] = true;
         if (saved.grad_lse.data) w.sums[at + r].grad_lse = saved.grad_lse.at(s.batch, row.head, i);
         Span &seen = w.seen[(at + r) / TILE_ROWS], &full = w.full[(at + r) / TILE_ROWS];
         if (r % TILE_ROWS == 0) seen = full = row.keys;
@@ -447,12 +458,57 @@ class Backward {
     pack_rows<P>(row_of(k), k.stride, count, D(), w.k_rows, q_width(), w.stage);
   }
 
+  // The sums of every row of a tile with a large lse, by the online softmax.
+  void repeat_sums(const Task& task, Scratch& w) const {
+    const Head& head = heads[task.head];
+    const Acc c = in.rules.unit() * LOG2E;
+    const int64_t batch = in.sequences[head.sequence].batch, keys = in.sequences[head.sequence].keys;
+    auto each_row = [&](int64_t t, auto visit) {
+      const Span rows = rows_of(task, t / TILES);
+      for (int64_t r = 0; r < TILE_ROWS; ++r)
+        if (int64_t index = rows.first + t % TILES * TILE_ROWS + r; index < rows.last)
+          visit(w.sums[t * TILE_ROWS + r], index, w.s + r * KEYS);
+    };
+    for (size_t t = 0; t < w.large.size(); ++t)
+      if (w.large[t]) each_row(t, [](RowSums<Acc>& sums, int64_t, Acc*) { sums.top = MINUS_INF<Acc>, sums.low = 0; });
+    for (int64_t key0 = 0; key0 < keys; key0 += KEYS) {
+      const Span block_keys = {key0, std::min(key0 + KEYS, keys)};
+      bool packed = false;
+      for (size_t t = 0; t < w.large.size(); ++t) {
+        if (!w.large[t] || !sees(w.seen[t], block_keys)) continue;
+        if (!packed) pack_keys(head, key0, block_keys.last - key0, w);
+        packed = true;
+        const int64_t width = std::min(block_keys.last, w.seen[t].last) - key0;
+        gemm<P>(TILE_ROWS, ceil_div(width, W), units(D()), w.q + int64_t(t) * TILE_ROWS * row_units(D()),
+                row_units(D()), w.k, KEYS, w.s, KEYS, false);
+        each_row(t, [&](RowSums<Acc>& sums, int64_t index, Acc* s) {
+          const Row row = row_at(head, index);
+          if (in.rules.edits()) edit_scores<Storage>(in.rules, batch, row, key0, width, s);
+          mask_scores(row.keys, key0, s);
+          Vec<Acc> top = broadcast(sums.top), sum = {};
+          for (int64_t j = 0; j < KEYS; j += W) top = max<Acc>(top, load<Vec<Acc>>(s + j));
+          const Acc m = reduce_max<Acc>(top), finite = m == MINUS_INF<Acc> ? 0 : m;
+          for (int64_t j = 0; j < KEYS; j += W) sum += exp2<Acc>((load<Vec<Acc>>(s + j) - finite) * c);
+          sums.low = sums.low * exp2<Acc>(broadcast((sums.top - finite) * c))[0] + reduce_add<Acc>(sum);
+          sums.top = m;
+        });
+      }
+    }
+    for (size_t t = 0; t < w.large.size(); ++t)
+      if (w.large[t])
+        each_row(t, [](RowSums<Acc>& sums, int64_t, Acc*) {
+          if (sums.low == 0) sums = {0, -MINUS_INF<Acc>, sums.delta, sums.grad_lse};
+          else sums.low = std::log2(sums.low);
+        });
+  }
+
   // partial: [splits][key blocks][dk, dv], for a head that is split.
   void differentiate(const Task& task, Scratch& w, Acc* partial) const {
     const Head& head = heads[task.head];
     const int64_t keys = in.sequences[head.sequence].keys, blocks = blocks_of(task);
     if (grad.slopes) std::fill_n(slopes_of(task), in.group(), 0.0);
     begin_rows(task, w);
+    if (std::find(w.large.begin(), w.large.end(), true) != w.large.end()) repeat_sums(task, w);
     for (int64_t key0 = 0; key0 < keys; key0 += KEYS) {
       const Span block_keys = {key0, std::min(key0 + KEYS, keys)};
       Acc* dkv = head.splits == 1 ? w.dkv
@@ -532,11 +588,11 @@ class Backward {
     const Span rows = rows_of(task, block), full = w.full[block * TILES + t];
     const bool edits = in.rules.edits(), boundary = full.first > key0 || full.last < key0 + KEYS;
     const bool plain = !edits && !boundary && in.rules.dropout.p == 0;
-    const Acc c = edits ? LOG2E : in.rules.scale * LOG2E, kept = 1 / (1 - in.rules.dropout.p);
+    const Acc c = in.rules.unit() * LOG2E, kept = 1 / (1 - in.rules.dropout.p);
     for (int64_t r = t * TILE_ROWS; r < (t + 1) * TILE_ROWS; ++r) {
       const RowSums<Acc>& sums = w.sums[at + r];
       Acc *s = w.s + r * KEYS, *ds = w.dp + r * KEYS;
-      if (plain || rows.first + r >= rows.last) {  // rows that pad have lse2 = inf
+      if (plain || rows.first + r >= rows.last) {  // rows that pad have low = inf
         differentiate_row<Acc>(c, sums, nullptr, 1, s, ds);
         continue;
       }
@@ -592,8 +648,8 @@ class Backward {
   // the rounding of out in it. That is the gradient of a bias that is broadcast over the keys, and what the nearest
   // key's distance contributes to a slope's.
   void add_shared_gradients(const Task& task, const Row& row, const RowSums<Acc>& sums) const {
-    if (sums.lse2 == -MINUS_INF<Acc>) return;  // sees nothing
-    const Acc total = sums.grad_lse + 0 * sums.lse2 + 0 * sums.delta;  // NaN travels
+    if (sums.low == -MINUS_INF<Acc>) return;  // sees nothing
+    const Acc total = sums.grad_lse + 0 * sums.top + 0 * sums.delta;  // NaN travels
     const int64_t batch = in.sequences[heads[task.head].sequence].batch;
     if (grad.bias && shares_bias(3)) *bias_sum.at(task.split, batch, row, 0) += total;
     if (grad.slopes) slope_of(task, row) += static_cast<double>(nearest_distance(row)) * total;
@@ -637,7 +693,7 @@ class Backward {
 
   void finish_bias() const {
     constexpr int64_t PIECE = 1 << 14;
-    run_tasks(ceil_div(bias_sum.count, PIECE), [&](int64_t, int64_t i) {
+    run_tasks(ceil_div(bias_sum.count, PIECE), double(bias_sum.count) * bias_sum.copies, [&](int64_t, int64_t i) {
       for (int64_t j = i * PIECE; j < std::min(bias_sum.count, (i + 1) * PIECE); ++j) {
         Acc sum = bias_sum.data[j];
         for (int64_t copy = 1; copy < bias_sum.copies; ++copy) sum += bias_sum.data[copy * bias_sum.count + j];

@@ -93,14 +93,14 @@ class Product {
   static constexpr int64_t CHUNK = Panels<P>::SUM_UNITS;  // units of k
   static constexpr int64_t STRIP = 16 * TILE_ROWS;         // rows of A packed at a time
   static constexpr int64_t MOST_ROWS = 10 * STRIP, MOST_COLUMNS = 8 * TILE_VECTORS * W;  // of a block
-  static constexpr int64_t LEAST_WORK = int64_t(1) << 19;  // multiplications that repay a thread
 
  public:
   // sink(m, n, count, c): c[0 .. count) is C[m][n ..]; called once for every element, by many threads.
   template <class A, class B, class Sink>
   static void run(int64_t M, int64_t N, int64_t K, const A& a, const B& b, const Sink& sink) {
     if (M <= 0 || N <= 0) return;
-    const int64_t threads = std::clamp<int64_t>(M * N * K / LEAST_WORK, 1, thread_count());
+    const double work = double(M) * N * K * MULTIPLY_ADD;
+    const int64_t threads = threads_for(work);
     int64_t rows = std::min(M, MOST_ROWS), columns = std::min(N, MOST_COLUMNS);
     auto tasks = [&] { return ceil_div(M, rows) * ceil_div(N, columns); };
     // Even shares, at least one and where they are few a whole number for every thread.
@@ -135,9 +135,7 @@ class Product {
       }
       for (int64_t m = m0; m < m1; ++m) sink(m, n0, n1 - n0, c + (m - m0) * columns);
     };
-    if (threads == 1)
-      for (int64_t task = 0; task < count; ++task) block(0, task);
-    else run_tasks(count, block);
+    run_tasks(count, work, block);
   }
 
  private:

@@ -41,14 +41,16 @@ struct ProductKeys {
 
   void run() const {
     if (N == 0) return;
-    const int64_t threads = thread_count(), panels = H * ceil_div(N, Finder::PANEL);
-    const int64_t batch = std::clamp<int64_t>(panels / (4 * threads), 1, 4) * Finder::PANEL;
-    const int64_t batches = ceil_div(N, batch);
     std::vector<int64_t> widths(k);  // candidates (a, b) of each a
     for (int64_t a = 0; a < k; ++a) widths[a] = k / (a + 1);
     const int64_t candidates = std::accumulate(widths.begin(), widths.end(), int64_t{0});
-    std::vector<std::unique_ptr<Worker>> workers(threads);
-    run_tasks(H * batches, [&](int64_t worker, int64_t task) {
+    const double search = 2.0 * half * n * (N * MULTIPLY_ADD + sizeof(Storage) * BYTE);
+    const double work = H * (search + 5.0 * N * candidates);  // 5 ns a candidate
+    const int64_t threads = threads_for(work), panels = H * ceil_div(N, Finder::PANEL);
+    const int64_t batch = std::clamp<int64_t>(panels / (4 * threads), 1, 4) * Finder::PANEL;
+    const int64_t batches = ceil_div(N, batch);
+    std::vector<std::unique_ptr<Worker>> workers(thread_count());
+    run_tasks(H * batches, work, [&](int64_t worker, int64_t task) {
       auto& own = workers[worker];
       if (!own) {
         const int64_t most = std::min(batch, N);

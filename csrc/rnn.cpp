@@ -340,7 +340,8 @@ class Forward {
       }
     }
     // Inactive rows, which are none of any member's.
-    run_tasks(schedule.ragged() ? T : 0, [&](int64_t, int64_t t) {
+    const double bytes = double(T) * B * (from_state.K * sizeof(Storage) + (SAVED + 1) * H * sizeof(Acc));
+    run_tasks(schedule.ragged() ? T : 0, bytes * BYTE, [&](int64_t, int64_t t) {
       for (int64_t slot = schedule.active(t); slot < B; ++slot) {
         const int64_t row = schedule.row(t, slot), P_ = from_state.K;
         std::fill_n(out.output + row * P_, P_, Storage(0));

@@ -17,21 +17,38 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+// Nanoseconds of work that repay a thread; 0: any work does, which the tests ask for.
+extern "C" int64_t pykernels_least_work;
+
 namespace {
+
+// Work is told in nanoseconds of one core. These are rough, of an AVX-512 core; a decision needs no better.
+constexpr double MULTIPLY_ADD = 1.0 / 32;  // in fp32, of operands in the nearest caches
+constexpr double BYTE = 1.0 / 32;          // read or written: twice as much from a cache, half from memory
 
 inline int64_t thread_count() { return torch::stable::get_num_threads(); }
 
-// Calls f(worker, task) for every task in [0, count). Tasks are handed out one by one, in order, because their sizes
-// differ (a causal row block late in the sequence costs many times an early one) and cores may be shared. Each task
-// must own what it writes, so the result does not depend on who runs it. 0 <= worker < min(count, thread_count()).
-// f must not throw: an exception here loses its message.
+// As many threads as the work is worth.
+inline int64_t threads_for(double work) {
+  const double repaid = work / std::max(static_cast<double>(pykernels_least_work), 1e-3);
+  return static_cast<int64_t>(std::clamp(repaid, 1.0, static_cast<double>(thread_count())));
+}
+
+// Calls f(worker, task) for every task in [0, count), which are so much work in all: on as many threads as that repays,
+// so that little work wakes none. Tasks are handed out one by one, in order, because their sizes differ (a causal row
+// block late in the sequence costs many times an early one) and cores may be shared. Each task must own what it writes,
+// so the result does not depend on who runs it. 0 <= worker < min(count, thread_count()). f must not throw: an exception
+// here loses its message.
 template <class F>
-void run_tasks(int64_t count, const F& f) {
+void run_tasks(int64_t count, double work, const F& f) {
   if (count <= 0) return;
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(count, thread_count()), 1, [&](int64_t worker, int64_t) {
+  auto body = [&](int64_t worker, int64_t) {
     for (int64_t task = next++; task < count; task = next++) f(worker, task);
-  });
+  };
+  const int64_t threads = std::min(count, threads_for(work));
+  if (threads == 1) body(0, 1);
+  else torch::stable::parallel_for(0, threads, 1, body);
 }
 
 // Uninitialised memory aligned to a cache line.

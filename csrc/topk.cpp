@@ -34,12 +34,13 @@ struct TopK {
 
   void run() const {
     if (N == 0) return;
-    const int64_t threads = thread_count(), panels = H * ceil_div(N, Finder::PANEL);
+    const double work = double(H) * M * d * (N * MULTIPLY_ADD + sizeof(Storage) * BYTE);
+    const int64_t threads = threads_for(work), panels = H * ceil_div(N, Finder::PANEL);
     const bool alone = threads == 1 || panels >= 2 * threads;
     // Smaller batches share out better, larger ones read the keys less often.
     const int64_t batch = alone ? std::clamp<int64_t>(panels / (4 * threads), 1, 4) * Finder::PANEL : Finder::BATCH;
     const int64_t batches = ceil_div(N, batch);
-    std::vector<std::unique_ptr<Finder>> finders(threads);
+    std::vector<std::unique_ptr<Finder>> finders(thread_count());
     auto start = [&](int64_t worker, int64_t task) -> Finder& {
       auto& own = finders[worker];
       if (!own) own = std::make_unique<Finder>(d, k, scale, std::min(batch, N));
@@ -48,7 +49,7 @@ struct TopK {
       return *own;
     };
     if (alone) {
-      run_tasks(H * batches, [&](int64_t worker, int64_t task) {
+      run_tasks(H * batches, work, [&](int64_t worker, int64_t task) {
         Finder& finder = start(worker, task);
         finder.scan(keys_of(task / batches), 0, M);
         for (int64_t q = 0; q < queries_of(task, batch); ++q) write(finder.finish(q), task, batch, q);
@@ -57,12 +58,13 @@ struct TopK {
     }
     const int64_t block = ceil_div(int64_t(1) << 18, d * int64_t(sizeof(Storage)));
     for (int64_t task = 0; task < H * batches; ++task) {
-      std::vector<Finder*> used(threads);
-      run_tasks(ceil_div(M, block), [&](int64_t worker, int64_t b) {
+      std::vector<Finder*> used(finders.size());
+      run_tasks(ceil_div(M, block), work / (H * batches), [&](int64_t worker, int64_t b) {
         if (!used[worker]) used[worker] = &start(worker, task);
         used[worker]->scan(keys_of(task / batches), b * block, std::min((b + 1) * block, M));
       });
-      run_tasks(queries_of(task, batch), [&](int64_t, int64_t q) {
+      const double merging = 5.0 * threads * k * queries_of(task, batch);  // 5 ns a candidate
+      run_tasks(queries_of(task, batch), merging, [&](int64_t, int64_t q) {
         std::vector<Entry> all;
         for (Finder* finder : used)
           if (finder) {

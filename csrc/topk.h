@@ -166,8 +166,10 @@ class Search {
   static constexpr int64_t FEW = 6;  // queries to which vectors of keys are faster than a tile's unused columns
   static constexpr int64_t SUM_UNITS = 128;  // products in one running sum, for accuracy: as in gemm.h
 
+  // queries: room for so many. FEW or fewer never change the way they are scored, so that a remainder of many is summed as
+  // the others are.
   Search(int64_t d, int64_t k, Acc scale, int64_t queries)
-      : d_(d), k_(k), scale_(scale), units_(ceil_div(d, P::depth)), padded_(round_up(units_, W)),
+      : d_(d), k_(k), few_(queries <= FEW), scale_(scale), units_(ceil_div(d, P::depth)), padded_(round_up(units_, W)),
         capacity_(k + std::max<int64_t>(k, 16)),
         block_(round_up(std::clamp<int64_t>(65536 / (d * sizeof(Storage)), 12, 480), 12)),
         queries_(round_up(queries, W) * padded_), stage_(stage_units<P>(d)), staged_(block_ * padded_),
@@ -180,7 +182,7 @@ class Search {
     for (int64_t q = 0; q < count; ++q) next_[q] = ranked_[q] = &entries_[q * capacity_];
     std::fill_n(thresholds_.get(), round_up(count, W), std::numeric_limits<Acc>::quiet_NaN());  // all pass
     auto row = [&](int64_t i) { return queries.at + i * queries.row; };
-    if (count <= FEW) {
+    if (few_) {
       for (int64_t q = 0; q < count; ++q) copy_row<P>(row(q), queries.column, d_, &queries_[q * padded_], padded_);
       return;
     }
@@ -193,9 +195,8 @@ class Search {
 
   // Keys first .. last-1.
   void scan(Rows<Storage> keys, int64_t first, int64_t last) {
-    const bool few = count_ <= FEW;
     const bool in_place = holds_units<P>(keys.at) && keys.column == 1 && d_ % P::depth == 0 &&
-                          keys.row % P::depth == 0 && (!few || units_ == padded_);
+                          keys.row % P::depth == 0 && (!few_ || units_ == padded_);
     for (; first < last; first += block_) {
       const int64_t count = std::min(block_, last - first);
       const Storage* from = keys.at + first * keys.row;
@@ -205,7 +206,7 @@ class Search {
         for (int64_t i = 0; i < count; ++i)
           copy_row<P>(from + i * keys.row, keys.column, d_, &staged_[i * padded_], padded_);
       const int64_t stride = in_place ? keys.row / P::depth : padded_;
-      if (few) score_few(rows, stride, first, count);
+      if (few_) score_few(rows, stride, first, count);
       else score_many(rows, stride, first, count);
     }
   }
@@ -310,6 +311,7 @@ class Search {
   }
 
   int64_t d_, k_;
+  bool few_;
   Acc scale_;
   int64_t units_, padded_, capacity_, block_, count_ = 0;
   Buffer<Unit> queries_, stage_, staged_;

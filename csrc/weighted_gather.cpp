@@ -148,7 +148,7 @@ struct Table {
     const int64_t wanted = bytes < LEAST_BYTES ? 1 : ceil_div(4 * thread_count(), bags);
     const int64_t width = std::max(round_up(ceil_div(dv, wanted), LINE<Storage>), 4 * LINE<Storage>);
     const int64_t blocks = ceil_div(dv, width);
-    run_tasks(ceil_div(bags, taken) * blocks, [&](int64_t, int64_t task) {
+    run_tasks(ceil_div(bags, taken) * blocks, double(bags) * bytes * BYTE, [&](int64_t, int64_t task) {
       const int64_t c = task % blocks * width, count = std::min(width, dv - c);
       const int64_t first = task / blocks * taken, last = std::min(bags, first + taken);
       Buffer<Acc> acc(round_up(count, lanes<Acc>));
@@ -164,7 +164,7 @@ struct Table {
   // grad_weights [bags][k]
   void grad_weights(int64_t bags, const Storage* grad, Acc* grad_weights) const {
     const int64_t entries = bags * k, taken = share(entries, dv * sizeof(Storage));
-    run_tasks(ceil_div(entries, taken), [&](int64_t, int64_t task) {
+    run_tasks(ceil_div(entries, taken), double(entries) * dv * sizeof(Storage) * BYTE, [&](int64_t, int64_t task) {
       const int64_t first = task * taken, last = std::min(entries, first + taken);
       for (int64_t bag = first / k; bag * k < last; ++bag)
         with_bag(bag, 0, dv, last, [&](const auto& rows, int64_t begin, int64_t end) {
@@ -200,7 +200,7 @@ struct Hits {
     Buffer<uint64_t> other(count);
     Buffer<int64_t> places(chunks * buckets);
     auto for_chunks = [&](const auto& f) {
-      run_tasks(chunks, [&](int64_t, int64_t chunk) {
+      run_tasks(chunks, 2.0 * count, [&](int64_t, int64_t chunk) {  // 2 ns a hit
         f(&places[chunk * buckets], chunk * chunk_size, std::min(count, (chunk + 1) * chunk_size));
       });
     };
@@ -246,7 +246,7 @@ struct RowSums {
           const Acc* weights)
       : k(k), dv(dv), padded(round_up(dv, lanes<Acc>)), grad(grad), weights(weights), hits(indices, bags, G, k, M),
         longs(find_longs()), partials(segments() * padded) {
-    run_tasks(segments(), [&](int64_t, int64_t segment) {
+    run_tasks(segments(), double(segments()) * SEGMENT * dv * sizeof(Storage) * BYTE, [&](int64_t, int64_t segment) {
       auto own = std::ranges::upper_bound(longs, segment, {}, &Long::first) - 1;
       const int64_t begin = own->begin + (segment - own->first) * SEGMENT;
       Acc* to = &partials[segment * padded];
@@ -293,7 +293,7 @@ struct RowSums {
   // to: [rows][dv], every row of all tables.
   void write_all(int64_t rows, Storage* to) const {
     const int64_t taken = share(rows, dv * sizeof(Storage));
-    run_tasks(ceil_div(rows, taken), [&](int64_t, int64_t task) {
+    run_tasks(ceil_div(rows, taken), double(rows + hits.count) * dv * sizeof(Storage) * BYTE, [&](int64_t, int64_t task) {
       const int64_t last = std::min(rows, (task + 1) * taken);
       Buffer<Acc> acc(padded);
       int64_t row = task * taken, hit = hits.find(row);
@@ -311,14 +311,14 @@ struct RowSums {
     const int64_t taken = share(hits.count, dv * sizeof(Storage)), tasks = ceil_div(hits.count, taken);
     auto first = [&](int64_t i) { return i == 0 || hits.row(i) != hits.row(i - 1); };
     std::vector<int64_t> before(tasks + 1);
-    run_tasks(tasks, [&](int64_t, int64_t task) {
+    run_tasks(tasks, 1.0 * hits.count, [&](int64_t, int64_t task) {
       for (int64_t i = task * taken; i < std::min(hits.count, (task + 1) * taken); ++i) before[task + 1] += first(i);
     });
     for (int64_t task = 0; task < tasks; ++task) before[task + 1] += before[task];
     Tensor rows = empty({before[tasks]}, ScalarType::Long), sums = empty({before[tasks], dv}, dtype);
     auto* row = static_cast<int64_t*>(rows.data_ptr());
     auto* sum = static_cast<Storage*>(sums.data_ptr());
-    run_tasks(tasks, [&](int64_t, int64_t task) {
+    run_tasks(tasks, double(hits.count) * dv * sizeof(Storage) * BYTE, [&](int64_t, int64_t task) {
       Buffer<Acc> acc(padded);
       int64_t i = task * taken, to = before[task];
       while (i < hits.count && !first(i)) ++i;

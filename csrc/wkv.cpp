@@ -25,11 +25,12 @@ struct Forward : Arguments<Storage> {
 
   void run() const {
     const int64_t vectors = ceil_div(V, W), heads = B * H;
+    const double work = double(heads) * T * K * round_up(V, W) * (CORRECTED ? 3 : 1.5) * MULTIPLY_ADD;
     // Narrower slices read r, w, k as often for less: only where there are too few tasks otherwise.
     int64_t width = std::min(vectors, WIDEST);
-    while (width > 1 && heads * ceil_div(vectors, width) < 2 * thread_count()) width = ceil_div(width, 2);
+    while (width > 1 && heads * ceil_div(vectors, width) < 2 * threads_for(work)) width = ceil_div(width, 2);
     const int64_t slices = ceil_div(vectors, width);
-    run_tasks(heads * slices, [&](int64_t, int64_t task) {
+    run_tasks(heads * slices, work, [&](int64_t, int64_t task) {
       const int64_t head = task / slices, first = task % slices * width, count = std::min(width, vectors - first);
       [&]<int... N>(std::integer_sequence<int, N...>) {
         ((count == N + 1 ? slice<N + 1>(head / H, head % H, first * W) : void()), ...);

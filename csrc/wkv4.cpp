@@ -9,6 +9,7 @@
 // in order, and each runs again from where it then begins. Backward likewise, from the last to the first.
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -25,11 +26,20 @@
 namespace {
 
 constexpr int64_t CHUNK = 32;  // steps from one saved state to the next, as in pykernels/ops/wkv4.py
+constexpr double STEP = 0.35;  // ns of a step of a channel, forward
 constexpr int64_t TILE = 8;    // steps that forward takes a few channels through before the next channels
-constexpr double EMPTY = -1e38;
+constexpr double EMPTY = -1e38;  // pp of a state that has seen nothing, as the caller sees it; inside it is the lowest
 
 template <class Storage>
 using AccOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
+
+template <class T>
+constexpr T LOWEST = std::numeric_limits<T>::lowest();
+
+// An exponent that overflowed downwards, or was -inf, as the lowest number: no difference is of two infinities then, and
+// the empty state is no larger than anything. NaN stays NaN.
+template <class T>
+PK_INLINE Vec<T> finite(Vec<T> exponent) { return max<T>(broadcast(LOWEST<T>), exponent); }
 
 // e^-|d|
 template <class T>
@@ -48,7 +58,9 @@ struct State {
     store_some<T>(p + C, bb, count);
     store_some<T>(p + 2 * C, pp, count);
   }
-  PK_INLINE State empty() { return {Vec<T>{}, Vec<T>{}, broadcast(T(EMPTY))}; }
+  PK_INLINE State empty() { return {Vec<T>{}, Vec<T>{}, broadcast(LOWEST<T>)}; }
+  // With another pp where nothing was seen.
+  PK_INLINE State with_empty(State s, T pp) { return {s.aa, s.bb, select<T>(s.bb == T(0), broadcast(pp), s.pp)}; }
 };
 
 // The weights of the past and of the present in a step's new state.
@@ -67,7 +79,7 @@ PK_INLINE Weights<T> weigh(Vec<T> before, Vec<T> exponent) {
 
 template <class T>
 PK_INLINE Weights<T> advance(State<T>& s, Vec<T> w, Vec<T> k, Vec<T> v) {
-  Vec<T> before = s.pp + w;
+  Vec<T> before = finite<T>(s.pp + w);
   Weights<T> q = weigh<T>(before, k);
   s = {q.past * s.aa + q.present * v, q.past * s.bb + q.present, select<T>(q.wins, k, before)};
   return q;
@@ -76,7 +88,7 @@ PK_INLINE Weights<T> advance(State<T>& s, Vec<T> w, Vec<T> k, Vec<T> v) {
 // A state of `steps` later, and what those steps made of an empty state.
 template <class T>
 PK_INLINE State<T> join(State<T> left, State<T> right, Vec<T> w, int64_t steps) {
-  Vec<T> before = left.pp + w * T(steps);
+  Vec<T> before = finite<T>(left.pp + w * T(steps));
   Weights<T> q = weigh<T>(before, right.pp);
   return {q.past * left.aa + q.present * right.aa, q.past * left.bb + q.present * right.bb,
           select<T>(q.wins, right.pp, before)};
@@ -87,7 +99,7 @@ struct Cut {
   int64_t blocks, width, segments, steps;
 
   Cut(int64_t B, int64_t T, int64_t C, int64_t W) {
-    const int64_t threads = thread_count(), wanted = threads == 1 ? 1 : 4 * threads;
+    const int64_t threads = threads_for(STEP * B * T * C), wanted = threads == 1 ? 1 : 4 * threads;
     blocks = std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(B, 1)), 1, std::max<int64_t>(C / (4 * W), 1));
     width = round_up(ceil_div(C, blocks), W);
     blocks = ceil_div(C, width);
@@ -122,15 +134,13 @@ struct Wkv4 {
 
   State<Acc> initial_state(int64_t b, int64_t c) const {
     if (!initial) return State<Acc>::empty();
-    auto s = State<Acc>::read(initial + b * 3 * C + c, C, C - c);
-    s.pp = select<Acc>(s.bb == Acc(0), broadcast(Acc(EMPTY)), s.pp);  // nothing was seen, whatever pp says
-    return s;
+    return State<Acc>::with_empty(State<Acc>::read(initial + b * 3 * C + c, C, C - c), LOWEST<Acc>);
   }
 
-  // f(b, first channel, last, segment) for all.
+  // f(b, first channel, last, segment) for all. passes: times forward's work.
   template <class F>
-  void for_blocks(const F& f) const {
-    run_tasks(cut.segments * B * cut.blocks, [&](int64_t, int64_t task) {
+  void for_blocks(double passes, const F& f) const {
+    run_tasks(cut.segments * B * cut.blocks, passes * STEP * B * T * C, [&](int64_t, int64_t task) {
       const int64_t block = task % cut.blocks, rest = task / cut.blocks, first = block * cut.width;
       f(rest % B, first, std::min(C, first + cut.width), rest / B);
     });
@@ -150,7 +160,7 @@ struct Wkv4 {
   // Fills `starts`.
   void join_segments() const {
     if (cut.segments == 1) return;
-    for_blocks([&](int64_t b, int64_t first, int64_t last, int64_t segment) {
+    for_blocks(0.5, [&](int64_t b, int64_t first, int64_t last, int64_t segment) {
       if (segment + 1 == cut.segments) return;
       for (int64_t c = first; c < last; c += W) State<Acc>::empty().write(start_of(segment + 1, b) + c, C, C - c);
       for_tiles(segment, false, [&](int64_t begin, int64_t end) {
@@ -180,7 +190,7 @@ struct Wkv4 {
 
   void forward(Storage* y, Acc* final, Acc* checkpoints) const {
     join_segments();
-    for_blocks([&](int64_t b, int64_t first, int64_t last, int64_t segment) {
+    for_blocks(1, [&](int64_t b, int64_t first, int64_t last, int64_t segment) {
       Buffer<Acc> carried(3 * cut.width);
       for (int64_t c = first; c < last; c += W) {
         auto s = cut.segments == 1 ? initial_state(b, c) : State<Acc>::read(start_of(segment, b) + c, C, C - c);
@@ -197,7 +207,8 @@ struct Wkv4 {
       }, TILE);
       if (segment + 1 == cut.segments)
         for (int64_t c = first; c < last; c += W)
-          State<Acc>::read(&carried[c - first], cut.width, W).write(final + b * 3 * C + c, C, C - c);
+          State<Acc>::with_empty(State<Acc>::read(&carried[c - first], cut.width, W), EMPTY)
+              .write(final + b * 3 * C + c, C, C - c);
     });
   }
 
@@ -222,7 +233,7 @@ struct Wkv4 {
         __builtin_prefetch(k + at + ahead + n * W);
         __builtin_prefetch(v + at + ahead + n * W);
         const Vec<Acc> key = load_some<Acc>(k + at + n * W, count), value = load_some<Acc>(v + at + n * W, count);
-        const Weights<Acc> q = weigh<Acc>(s[n].pp, bonus[n] + key);
+        const Weights<Acc> q = weigh<Acc>(s[n].pp, finite<Acc>(bonus[n] + key));
         store_some<Acc>(y + at + n * W, (q.past * s[n].aa + q.present * value) / (q.past * s[n].bb + q.present), count);
         advance<Acc>(s[n], decay[n], key, value);
       }
@@ -264,7 +275,7 @@ struct Wkv4Backward : Wkv4<Storage> {
         incoming_of(cut.segments - 1, b)[c] = grad_final && c < 2 * C ? grad_final[b * 3 * C + c] : Acc(0);
     if (cut.segments > 1) join_backward(incoming_of);
 
-    this->for_blocks([&](int64_t b, int64_t first, int64_t last, int64_t segment) {
+    this->for_blocks(3, [&](int64_t b, int64_t first, int64_t last, int64_t segment) {
       Buffer<Acc> carried(CARRIED * cut.width);
       for (int64_t c = first; c < last; c += W) {
         Acc* own = &carried[(c - first) * CARRIED];
@@ -298,7 +309,7 @@ struct Wkv4Backward : Wkv4<Storage> {
     auto local_of = [&](int64_t segment, int64_t b, int64_t c) {
       return local.get() + ((segment * B + b) * round_up(C, W) + c) * CARRIED;
     };
-    this->for_blocks([&](int64_t b, int64_t first, int64_t last, int64_t segment) {
+    this->for_blocks(3, [&](int64_t b, int64_t first, int64_t last, int64_t segment) {
       if (segment == 0) return;
       Buffer<Acc> carried(CARRIED * cut.width);
       for (int64_t c = first; c < last; c += W) {
@@ -342,7 +353,7 @@ struct Wkv4Backward : Wkv4<Storage> {
           Step& step = steps[t - begin];
           step.aa = s.aa;
           step.bb = s.bb;
-          const Weights<Acc> q = weigh<Acc>(s.pp, bonus + key);
+          const Weights<Acc> q = weigh<Acc>(s.pp, finite<Acc>(bonus + key));
           const Vec<Acc> inverse = Acc(1) / (q.past * s.bb + q.present);
           step.from_past = q.past * inverse;
           step.from_present = q.present * inverse;
@@ -356,7 +367,7 @@ struct Wkv4Backward : Wkv4<Storage> {
                  weight = carry(WEIGHT);
         if (end == T && grad_final) {
           const auto given = State<Acc>::read(grad_final + b * 3 * C + c, C, count);
-          rest = given.pp - (given.aa * s.aa + given.bb * s.bb);
+          rest = select<Acc>(s.bb == Acc(0), Vec<Acc>{}, given.pp - (given.aa * s.aa + given.bb * s.bb));
         }
         for (int64_t t = end - 1; t >= begin; --t) {
           const Step& step = steps[t - begin];

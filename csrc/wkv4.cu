@@ -17,39 +17,45 @@
 // 16 KiB. By instruction counts for sm_90, an H100's bandwidth is reached if all units overlap; if none did, 0.6 of it
 // in fp32 and 0.4 in bf16 would be. Rows come by asynchronous copies of 16 bytes a lane, whatever a lane's share of a
 // row is, into a ring in shared memory: loads into registers one step ahead would leave most cycles waiting. y, gk and
-// gv leave by the same way, over the rows that they were computed from. Exponents are in base 2 (w, u and k times
-// log2 e once); of each pair of exponentials one is 2^0: with a reciprocal three special-function operations a step,
-// four backward.
+// gv leave by the same way, over the rows that they were computed from. Of each pair of exponentials one is e^0: with a
+// reciprocal three special-function operations a step, four backward.
+#include <limits>
+
 #include "wkv_device.h"
 
 namespace {
 
 constexpr int GROUP = 8;   // rows that are brought, and steps that are unrolled, at once
 constexpr int JOIN = 4;    // segments whose states are loaded at once
-constexpr float EMPTY = -1e38f;
-constexpr float LN2 = 0.693147181f;
+constexpr float EMPTY = -1e38f;  // pp of a state that has seen nothing, as the caller sees it; inside it is the lowest
+constexpr float LOWEST = -std::numeric_limits<float>::max();
 
 // ---- one step -------------------------------------------------------------------------------------------------------
 
 struct State {
-  float aa, bb, pp;  // pp in base 2
+  float aa, bb, pp;
 };
 
-__device__ inline State empty_state() { return {0, 0, EMPTY * LOG2E}; }
+__device__ inline State empty_state() { return {0, 0, LOWEST}; }
 
 // From and to [3][C]; an empty one where bb is 0, whatever pp.
 __device__ inline State load_state(const float* p, int64_t C) {
-  const State s{p[0], p[C], p[2 * C] * LOG2E};
-  return s.bb == 0 ? State{s.aa, s.bb, EMPTY * LOG2E} : s;
+  const State s{p[0], p[C], p[2 * C]};
+  return s.bb == 0 ? State{s.aa, s.bb, LOWEST} : s;
 }
 
 __device__ inline void store_state(float* p, int64_t C, const State& s) {
   p[0] = s.aa;
   p[C] = s.bb;
-  p[2 * C] = s.bb == 0 ? EMPTY : s.pp * LN2;
+  p[2 * C] = s.bb == 0 ? EMPTY : s.pp;
 }
 
-// The weights of the past and of the present in what follows: 2^(before − max), 2^(exponent − max).
+// An exponent that overflowed downwards, or was −inf, as the lowest number: no difference is of two infinities then, and
+// the empty state is no larger than anything. NaN stays NaN.
+__device__ inline float finite(float exponent) { return exponent < LOWEST ? LOWEST : exponent; }
+
+// The weights of the past and of the present in what follows: e^(before − max), e^(exponent − max). Not in base 2, in
+// which a third of the range would overflow.
 struct Weights {
   bool wins;  // whether the present is the maximum
   float past, present;
@@ -57,12 +63,12 @@ struct Weights {
 
 __device__ inline Weights weigh(float before, float exponent) {
   const bool wins = exponent > before;
-  const float small = exp2_fast(-fabsf(before - exponent));
+  const float small = exp2_fast(fabsf(before - exponent) * -LOG2E);
   return {wins, wins ? small : 1.f, wins ? 1.f : small};
 }
 
 __device__ inline Weights advance(State& s, float w, float k, float v) {
-  const float before = s.pp + w;
+  const float before = finite(s.pp + w);
   const Weights q = weigh(before, k);
   s = {q.past * s.aa + q.present * v, q.past * s.bb + q.present, q.wins ? k : before};
   return q;
@@ -70,15 +76,16 @@ __device__ inline Weights advance(State& s, float w, float k, float v) {
 
 // What follows from a state and what a segment, whose decay is `shift`, made of an empty one.
 __device__ inline State join(const State& left, const State& right, float shift) {
-  const float before = left.pp + shift;
+  const float before = finite(left.pp + shift);
   const Weights q = weigh(before, right.pp);
   return {q.past * left.aa + q.present * right.aa, q.past * left.bb + q.present * right.bb,
           q.wins ? right.pp : before};
 }
 
-// What the gradient of pp holds beyond that of the numerator aa 2^pp and the denominator bb 2^pp.
+// What the gradient of pp holds beyond that of the numerator aa e^pp and the denominator bb e^pp; nothing of a state
+// that has seen nothing, whose pp is constant.
 __device__ inline float beyond(float grad_aa, float grad_bb, float grad_pp, const State& s) {
-  return grad_pp - (grad_aa * s.aa + grad_bb * s.bb);
+  return s.bb == 0 ? 0 : grad_pp - (grad_aa * s.aa + grad_bb * s.bb);
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -223,8 +230,8 @@ __global__ void __launch_bounds__(LANES) forward(const Forward<Storage> a) {
     w[n] = u[n] = 0;
     s[n] = empty_state();
     if (!rows.exists()) continue;
-    w[n] = a.w[c + n] * LOG2E;
-    u[n] = a.u[c + n] * LOG2E;
+    w[n] = a.w[c + n];
+    u[n] = a.u[c + n];
     if (FIND) continue;
     if (a.state) s[n] = load_state(a.state + here.b * 3 * C + c + n, C);
 #pragma unroll JOIN
@@ -246,11 +253,11 @@ __global__ void __launch_bounds__(LANES) forward(const Forward<Storage> a) {
       for (int n = 0; n < N; ++n) {
         const float k = static_cast<float>(row.k.of[n]), v = static_cast<float>(row.v.of[n]);
         if (!FIND) {
-          const Weights q = weigh(s[n].pp, k * LOG2E + u[n]);
+          const Weights q = weigh(s[n].pp, finite(k + u[n]));
           const float y = (q.past * s[n].aa + q.present * v) * reciprocal_fast(q.past * s[n].bb + q.present);
           row.v.of[n] = static_cast<Storage>(y);
         }
-        advance(s[n], w[n], k * LOG2E, v);
+        advance(s[n], w[n], k, v);
       }
       if (!FIND) rows.at(values, i) = row.v;
     });
@@ -286,7 +293,7 @@ struct Mean {
 };
 
 __device__ inline Mean mean(const State& s, float exponent, float v) {
-  const Weights q = weigh(s.pp, exponent);
+  const Weights q = weigh(s.pp, finite(exponent));
   const float inverse = reciprocal_fast(q.past * s.bb + q.present);
   const float past = q.past * inverse, present = q.present * inverse;
   return {past * s.aa + present * v, past, present};
@@ -306,8 +313,8 @@ __global__ void __launch_bounds__(LANES) local(const Backward<Storage> a) {
   bool passes = true;
   State s = empty_state();
   if (rows.exists()) {
-    w = a.w[c] * LOG2E;
-    u = a.u[c] * LOG2E;
+    w = a.w[c];
+    u = a.u[c];
     s = load_state(a.checkpoints + (int64_t(here.start / SAVED) * a.B + here.b) * 3 * C + c, C);
   }
 
@@ -320,11 +327,11 @@ __global__ void __launch_bounds__(LANES) local(const Backward<Storage> a) {
       return Row{of(0), of(1), of(2)};
     };
     for_steps(count, load, [&](const Row& row, int) {
-      const Mean m = mean(s, row.k * LOG2E + u, row.v);
+      const Mean m = mean(s, row.k + u, row.v);
       const float z = factor * (row.gy * m.past);
       ga += z;
       gb -= z * m.y;
-      const Weights q = advance(s, w, row.k * LOG2E, row.v);
+      const Weights q = advance(s, w, row.k, row.v);
       factor *= q.past;
       passes = passes && !q.wins;
     });
@@ -376,8 +383,8 @@ __global__ void __launch_bounds__(LANES) backward(const Backward<Storage> a) {
 
   float w = 0, u = 0, ga = 0, gb = 0, rest = 0, gw = 0, gu = 0;
   if (rows.exists()) {
-    w = a.w[c] * LOG2E;
-    u = a.u[c] * LOG2E;
+    w = a.w[c];
+    u = a.u[c];
     if (a.grad_state) {
       const float* given = a.grad_state + here.b * 3 * C + c;
       ga = given[0], gb = given[C], rest = given[2 * C];
@@ -411,7 +418,7 @@ __global__ void __launch_bounds__(LANES) backward(const Backward<Storage> a) {
       for_steps(min(GROUP, here.stop - first - group * GROUP), load, [&](const Row& row, int i) {
         float* const saved = states + (group * GROUP + i) * 3 * LANES;
         saved[0] = s.aa, saved[LANES] = s.bb, saved[2 * LANES] = s.pp;
-        advance(s, w, row.k * LOG2E, row.v);
+        advance(s, w, row.k, row.v);
       });
     }
     if (a.grad_state && here.stop == a.T && piece == pieces - 1) rest = beyond(ga, gb, rest, s);
@@ -428,10 +435,10 @@ __global__ void __launch_bounds__(LANES) backward(const Backward<Storage> a) {
         return Row{of(0), of(1), of(2), {saved[0], saved[LANES], saved[2 * LANES]}};
       };
       for_steps<true>(min(GROUP, here.stop - first - group * GROUP), load, [&](Row row, int i) {
-        const Mean m = mean(row.s, row.k * LOG2E + u, row.v);
+        const Mean m = mean(row.s, row.k + u, row.v);
         const float z = row.gy * m.past, share = row.gy * m.present, x = share * (row.v - m.y);
         const float aa = row.s.aa, bb = row.s.bb;
-        const Weights q = advance(row.s, w, row.k * LOG2E, row.v);
+        const Weights q = advance(row.s, w, row.k, row.v);
         const float grad_v = share + q.present * ga;
         const float grad_k = x + q.present * (ga * row.v + gb) + (q.wins ? rest : 0);
         rest = q.wins ? 0 : rest;

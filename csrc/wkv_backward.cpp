@@ -71,7 +71,8 @@ struct Backward : Arguments<Storage> {
 
   void run() const {
     Buffer<Acc> bonus_sums(CORRECTED ? 0 : B * H * K);
-    run_tasks(B * H, [&](int64_t, int64_t task) {
+    const double work = double(B) * H * T * round_up(K, W) * round_up(V, W) * (CORRECTED ? 10 : 5) * MULTIPLY_ADD;
+    run_tasks(B * H, work, [&](int64_t, int64_t task) {
       head(task / H, task % H, bonus_sums.get() + (CORRECTED ? 0 : task * K));
     });
     if constexpr (!CORRECTED)

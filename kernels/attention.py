@@ -19,8 +19,10 @@ Query i has position p = i + offset and sees key j when p − left ≤ j ≤ p +
 
 Nothing is shared between programs and nothing is atomic, so results are the same from run to run. Each pass over the
 blocks has up to three loops: only the first and the last, where windows and ragged ends cut through tiles, pay for
-masks. Exponentials are base 2: log2 e is folded into the scale. Streamed tiles come through tensor descriptors where
-the hardware has them (sm_90 on): with pointers, the addresses alone cost the backward its registers.
+masks. Exponentials are base 2. Where there is a bias, lse may be so large that, rounded, it has lost the logarithm of
+a sum: _grad_q then sums P itself, and leaves log2 of the sum to the other kernels. Without one, gradients are right up
+to scores of 1e9: beyond, lse's rounding exceeds the exponent's range. Streamed tiles come through tensor descriptors
+where the hardware has them (sm_90 on): with pointers, the addresses alone cost the backward its registers.
 
 Where the special-function unit would limit the forward, some columns' exponentials are a cubic on the FMA units
 (_exp2, BY_FMA): of 66 operations a pass 64 are left to it at D = 64 on sm_90, 61 and 63 at D = 64 and 128 on sm_100.
@@ -40,9 +42,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention_tiles import (
-    LN2,
     LOG2E,
     LOWEST,
+    LOWEST_64,
     _base,
     _dot,
     _dropped,
@@ -88,9 +90,12 @@ def _forward(
         PACK: tl.constexpr, SPLIT: tl.constexpr, BULK: tl.constexpr, BY_FMA: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr):
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = (q_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     FOREIGN: tl.constexpr = (lengths_ptr is not None) or (cu_k_ptr is not None)
     SCORED: tl.constexpr = (bias_ptr is not None) or (slopes_ptr is not None) or SOFTCAP
+    LOW: tl.constexpr = LOWEST_64 if ACC == tl.float64 else LOWEST
+    unit = 1.0 if SCORED else scale
+    factor = unit * LOG2E
     pid = tl.program_id(0)
     slot = pid % blocks
     if RIGHT:
@@ -143,7 +148,7 @@ def _forward(
 
     acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
-    top = tl.full((BLOCK_M,), LOWEST, ACC)
+    top = tl.full((BLOCK_M,), LOW, ACC)
     for phase in tl.static_range(0 if LEFT else 1, 3):
         for start in tl.range(edges[phase], edges[phase + 1], BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
@@ -160,11 +165,11 @@ def _forward(
                 s, _ = _scores(s, p[:, None], j[None, :], bias, slope, j[None, :], _rows(low), _rows(high), scale,
                                softcap, SOFTCAP, EXACT, phase != 1)
                 new_top = tl.maximum(top, tl.max(s, 1))
-                prob = tl.exp2(s - new_top[:, None])
-            else:  # scaling joins the subtraction in one multiply-add
-                new_top = tl.maximum(top, tl.max(s, 1) * (scale * LOG2E))
-                prob = _exp2(s * (scale * LOG2E) - new_top[:, None], BY_FMA)
-            decay = tl.exp2(top - new_top)
+                prob = tl.exp2((s - new_top[:, None]) * factor)
+            else:
+                new_top = tl.maximum(top, tl.max(s, 1))
+                prob = _exp2((s - new_top[:, None]) * factor, BY_FMA)
+            decay = tl.exp2((top - new_top) * factor)
             total = total * decay + tl.sum(prob, 1)
             if seed_ptr is not None:
                 prob = tl.where(_keep(seed_ptr, i, start, b * H + h, threshold, BLOCK_N), prob, 0.0)
@@ -177,32 +182,38 @@ def _forward(
 
     dead = total == 0  # no key seen: exactly, since the largest score adds 1
     acc = tl.where(dead[:, None], 0.0, acc * (inv_keep / tl.where(dead, 1.0, total))[:, None])
-    lse = tl.where(dead, float("-inf"), top * LN2 + tl.log(tl.where(dead, 1.0, total)))
-    if SPLIT:
+    lse = tl.where(dead, float("-inf"), top * unit + tl.log(tl.where(dead, 1.0, total)))
+    lse_rows = (b.to(tl.int64) * H + h) * N + q_first + g * N + i
+    if SPLIT:  # top and total apart, for their sum is rounded
         out_ptr += tl.cast(split, tl.int64) * part * DV
         lse_ptr += tl.cast(split, tl.int64) * part
+        lse = top
+        tl.store(lse_ptr + tl.cast(splits, tl.int64) * part + lse_rows, total, mask=valid)
     out_rows = g * out_strides[1] + i.to(tl.int64) * out_strides[2]
     _store(_base(out_ptr, b, h, q_first, out_strides), out_rows, valid, out_strides[3], acc, DV, BLOCK_DV)
-    tl.store(lse_ptr + (b.to(tl.int64) * H + h) * N + q_first + g * N + i, lse, mask=valid)
+    tl.store(lse_ptr + lse_rows, lse, mask=valid)
 
 
 @triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=["N", "splits"])
-def _merge(part_ptr, part_lse_ptr, out_ptr, lse_ptr, out_strides, H, N, count, splits,
+def _merge(part_ptr, part_top_ptr, out_ptr, lse_ptr, out_strides, H, N, count, splits, unit,
            DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):
-    """out = Σ_s e^(lse_s − lse) out_s over partials [splits, count = B·H·N, DV], lse = log Σ_s e^lse_s"""
+    """out = Σ_s w_s out_s / Σ_s w_s over partials [splits, count = B·H·N, DV], w_s = total_s e^((top_s − top)·unit);
+    after the tops come the totals."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    LOW: tl.constexpr = LOWEST_64 if ACC == tl.float64 else LOWEST
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < count
     acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
-    top = tl.full((BLOCK_M,), LOWEST, ACC)
+    top = tl.full((BLOCK_M,), LOW, ACC)
     for split in range(splits):
         at = tl.cast(split, tl.int64) * count + rows
-        lse = tl.load(part_lse_ptr + at, mask=valid, other=float("-inf"))
+        part_top = tl.load(part_top_ptr + at, mask=valid, other=LOW)
+        part_total = tl.load(part_top_ptr + tl.cast(splits, tl.int64) * count + at, mask=valid, other=0)
         part = _load(part_ptr, at * DV, valid, 1, DV, BLOCK_DV)  # [BLOCK_M, DV]
-        new_top = tl.maximum(top, lse)
-        decay = tl.exp(top - new_top)
-        weight = tl.exp(lse - new_top)
+        new_top = tl.maximum(top, part_top)
+        decay = tl.exp2((top - new_top) * (unit * LOG2E))
+        weight = part_total * tl.exp2((part_top - new_top) * (unit * LOG2E))
         acc = acc * decay[:, None] + part * weight[:, None]
         total = total * decay + weight
         top = new_top
@@ -210,20 +221,22 @@ def _merge(part_ptr, part_lse_ptr, out_ptr, lse_ptr, out_strides, H, N, count, s
     acc = acc / tl.where(dead, 1.0, total)[:, None]
     out_rows = rows // N // H * out_strides[0] + rows // N % H * out_strides[1] + rows % N * out_strides[2]
     _store(out_ptr, out_rows, valid, out_strides[3], acc, DV, BLOCK_DV)
-    tl.store(lse_ptr + rows, tl.where(dead, float("-inf"), top + tl.log(tl.where(dead, 1.0, total))), mask=valid)
+    tl.store(lse_ptr + rows, tl.where(dead, float("-inf"), top * unit + tl.log(tl.where(dead, 1.0, total))), mask=valid)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _grad_q(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, do_ptr, out_ptr, lse_ptr,
-        dlse_ptr, dq_ptr, lse2_ptr, delta_ptr, dslope_ptr, q_strides, k_strides, v_strides, bias_strides,
+        dlse_ptr, dq_ptr, lse2_ptr, delta_ptr, low_ptr, dslope_ptr, q_strides, k_strides, v_strides, bias_strides,
         slopes_strides, do_strides, out_strides, dlse_strides, dq_strides,
         H, GROUP, N, M, S, steps, blocks, left, right, scale, softcap, threshold, inv_keep,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
         RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BULK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = (q_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     FOREIGN: tl.constexpr = (lengths_ptr is not None) or (cu_k_ptr is not None)
+    SCORED: tl.constexpr = (bias_ptr is not None) or (slopes_ptr is not None) or SOFTCAP
+    factor = LOG2E if SCORED else scale * LOG2E
     pid = tl.program_id(0)
     slot = pid % blocks
     if RIGHT:
@@ -244,7 +257,9 @@ def _grad_q(
     do = _load(_base(do_ptr, b, h, q_first, do_strides), wide * do_strides[2], valid, do_strides[3], DV, BLOCK_DV)
     out = _load(_base(out_ptr, b, h, q_first, out_strides), wide * out_strides[2], valid, out_strides[3], DV, BLOCK_DV)
     lse = tl.load(lse_ptr + row + i, mask=valid, other=float("-inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # so P = 0 in fully masked and absent rows
+    if not SCORED:
+        lse *= LOG2E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # so P = 0 in fully masked and absent rows
     delta = tl.sum(do.to(ACC) * out.to(ACC), 1)  # [BLOCK_M]
     if dlse_ptr is not None:
         delta -= tl.load(_base(dlse_ptr, b, h, q_first, dlse_strides) + wide * dlse_strides[2], mask=valid, other=0)
@@ -263,6 +278,7 @@ def _grad_q(
     high = _high(p, length, right, RIGHT)
     dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     dslope = tl.zeros((BLOCK_M,), ACC)
+    total = tl.zeros((BLOCK_M,), ACC)
     for phase in tl.static_range(0 if LEFT else 1, 3):
         for start in tl.range(edges[phase], edges[phase + 1], BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
@@ -278,7 +294,9 @@ def _grad_q(
             keep = None
             if seed_ptr is not None:
                 keep = _keep(seed_ptr, i, start, b * H + h, threshold, BLOCK_N)
-            prob = _probabilities(s, lse[:, None], bias)
+            prob = _probabilities(s, lse[:, None], None, factor, SCORED)
+            if low_ptr is not None:
+                total += tl.sum(prob, 1)
             dp = _dropped(_products(do, v, ACC), keep, inv_keep)  # [BLOCK_M, BLOCK_N]
             ds = _grad_scores(prob, dp, delta[:, None], bias, phase != 1)
             if dslope_ptr is not None:
@@ -287,6 +305,11 @@ def _grad_q(
                 ds = ds * slack
             dq = _dot(ds.to(k.dtype), k, dq)  # [BLOCK_M, D]
 
+    if low_ptr is not None:
+        total = tl.where(total == 0, 1.0, total)
+        dq /= total[:, None]
+        dslope /= total
+        tl.store(low_ptr + row + i, tl.log2(total), mask=valid)
     _store(_base(dq_ptr, b, h, q_first, dq_strides), wide * dq_strides[2], valid, dq_strides[3], dq * scale, D, BLOCK_D)
     if dslope_ptr is not None:
         tl.store(dslope_ptr + row + i, dslope, mask=valid)
@@ -295,14 +318,16 @@ def _grad_q(
 @triton.jit(do_not_specialize=_COUNTS)
 def _grad_kv(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, do_ptr, lse2_ptr,
-        delta_ptr, dk_ptr, dv_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides,
+        delta_ptr, low_ptr, dk_ptr, dv_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides,
         dk_strides, dv_strides, H, GROUP, N, M, S, steps, blocks, left, right, scale, softcap, threshold, inv_keep,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
         RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BULK: tl.constexpr, GQA: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr):
     ACC: tl.constexpr = lse2_ptr.dtype.element_ty
-    EXACT: tl.constexpr = k_ptr.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = (k_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     FOREIGN: tl.constexpr = cu_q_ptr is not None
+    SCORED: tl.constexpr = (bias_ptr is not None) or (slopes_ptr is not None) or SOFTCAP
+    factor = LOG2E if SCORED else scale * LOG2E
     pid = tl.program_id(0)
     heads = H // GROUP
     b = pid // blocks // heads
@@ -352,7 +377,10 @@ def _grad_kv(
             if seed_ptr is not None:
                 keep = tl.trans(_keep(seed_ptr, i, block * BLOCK_N, b * H + h, threshold, BLOCK_N))
             lse = _load_rows(lse2_ptr + row, i, limit, float("inf"))  # [BLOCK_M]
-            prob = _probabilities(s, lse[None, :], bias)
+            low_row = None
+            if low_ptr is not None:
+                low_row = _load_rows(low_ptr + row, i, limit, 0)[None, :]
+            prob = _probabilities(s, lse[None, :], low_row, factor, SCORED)
             dv = _dot(_dropped(prob, keep, inv_keep).to(do.dtype), do, dv)  # [BLOCK_N, DV]
             dp = _dropped(_products(v, do, ACC), keep, inv_keep)  # [BLOCK_N, BLOCK_M]
             delta = _load_rows(delta_ptr + row, i, limit, 0)  # [BLOCK_M]
@@ -369,15 +397,15 @@ def _grad_kv(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _grad_bias(
-        q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, seed_ptr, do_ptr, lse2_ptr, delta_ptr, dbias_ptr,
-        q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides, dbias_strides,
+        q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, seed_ptr, do_ptr, lse2_ptr, delta_ptr, low_ptr,
+        dbias_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides, dbias_strides,
         B, H, GROUP, N, M, left, right, scale, softcap, threshold, inv_keep, bias_B, bias_H,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
         RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ONE_N: tl.constexpr, ONE_M: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr):
     """ONE_N, ONE_M: the bias has one row, one column."""
     ACC: tl.constexpr = lse2_ptr.dtype.element_ty
-    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = (q_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     row_tiles = tl.cdiv(N, BLOCK_M)
     col_tiles = tl.cdiv(M, BLOCK_N)
     rows, row_turns = (1, row_tiles) if ONE_N else (row_tiles, 1)  # tiles of the bias, and how often each repeats
@@ -405,6 +433,7 @@ def _grad_bias(
         row = (b.to(tl.int64) * H + h) * N
         lse = _load_rows(lse2_ptr + row, i, N, float("inf"))
         delta = _load_rows(delta_ptr + row, i, N, 0)
+        low_row = _load_rows(low_ptr + row, i, N, 0)
         q = _load(_base(q_ptr, b, h, 0, q_strides), wide_i * q_strides[2], i < N, q_strides[3], D, BLOCK_D)
         do = _load(_base(do_ptr, b, h, 0, do_strides), wide_i * do_strides[2], i < N, do_strides[3], DV, BLOCK_DV)
         k = _load(_base(k_ptr, b, hk, 0, k_strides), wide_j * k_strides[2], j < length, k_strides[3], D, BLOCK_D)
@@ -419,7 +448,7 @@ def _grad_bias(
         keep = None
         if seed_ptr is not None:
             keep = _keep(seed_ptr, i, start_j, b * H + h, threshold, BLOCK_N)
-        prob = _probabilities(s, lse[:, None], bias)
+        prob = _probabilities(s, lse[:, None], low_row[:, None], LOG2E, True)
         dp = _dropped(_products(do, v, ACC), keep, inv_keep)  # [BLOCK_M, BLOCK_N]
         acc += _grad_scores(prob, dp, delta[:, None], bias, True)
 
@@ -554,11 +583,16 @@ def _plan(query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed
     return pack, max(1, min(wanted, M // (4 * block_n))), (block_m, block_n), options
 
 
+def _softcap_kind(softcap):
+    """False: none; 2: so large that it would multiply the cancellation of a tanh near 0; else True"""
+    return 2 if softcap > 256 else softcap > 0
+
+
 def scratch_size(query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed):
     """Elements (of lse's dtype) that `forward` needs in `scratch`; 0 when the keys are not split."""
     splits = _plan(query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed)[1]
     B, H, N, _ = query.shape
-    return splits * B * H * N * (value.shape[3] + 1) if splits > 1 else 0
+    return splits * B * H * N * (value.shape[3] + 2) if splits > 1 else 0
 
 
 def _packed(rows, block, cu_seqlens):
@@ -604,16 +638,18 @@ def forward(query, key, value, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu
     if splits > 1:
         part, part_lse, part_strides = scratch, scratch[splits * B * H * N * DV:], (H * N * DV, N * DV, DV, 1)
     k, v, bulk = (key, value, False) if block_table is not None else _bulk(block_n, key, value)
+    multiplier = max(abs(scale), 1e-30)  # not 0, which makes a NaN of a masked score
     by_fma = BY_FMA.get((_target(), max(64, _padded(max(D, DV)))), 0) if query.dtype.itemsize == 2 else 0
     _forward[(blocks * splits * B * (Hk if pack else H),)](
         query, k, v, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, block_table, seed, part, part_lse,
         query.stride(), key.stride(), value.stride(), _broadcast(bias), _broadcast(alibi_slopes), part_strides,
-        H, group, N, M, S, steps, blocks, splits, B * H * N, pages, *windows, abs(scale), softcap, *dropout,
-        D, DV, _padded(D), _padded(DV), page, *sides, softcap > 0, scale < 0, align_lengths, pack, splits > 1, bulk,
-        by_fma, block_m, block_n, **options)
+        H, group, N, M, S, steps, blocks, splits, B * H * N, pages, *windows, multiplier, softcap, *dropout,
+        D, DV, _padded(D), _padded(DV), page, *sides, _softcap_kind(softcap), scale < 0, align_lengths, pack,
+        splits > 1, bulk, by_fma, block_m, block_n, **options)
     if splits > 1:
         _merge[(triton.cdiv(B * H * N, 16),)](
-            part, part_lse, out, lse, out.stride(), H, N, B * H * N, splits, DV, _padded(DV), 16)
+            part, part_lse, out, lse, out.stride(), H, N, B * H * N, splits,
+            1.0 if softcap > 0 or bias is not None or alibi_slopes is not None else multiplier, DV, _padded(DV), 16)
 
 
 def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes, key_lengths, cu_seqlens_q,
@@ -623,26 +659,27 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes
 
     grad_lse: [B,H,N], any strides, or None. grad_bias: the bias's own shape and dtype, or None when not wanted.
     grad_slopes: the slopes' gradient by query row, [B,H,N] contiguous of lse's dtype, to be summed over N (and over B
-    for slopes [1,H]) by the caller, or None. scratch: [2,B,H,N] contiguous of lse's dtype. The rest as in `forward`.
+    for slopes [1,H]) by the caller, or None. scratch: [3,B,H,N] contiguous of lse's dtype. The rest as in `forward`.
     """
     B, H, N, D = query.shape
     Hk, M, DV = key.shape[1], key.shape[2], value.shape[3]
     group = H // Hk if Hk else 1
-    lse2, delta = scratch
+    lse2, delta, low = scratch
+    low = None if bias is None else low
     scored = softcap > 0 or any(x is not None for x in (bias, alibi_slopes, seed))
     windows, dropout, sides = _masks(query, M, window_left, window_right, dropout_p)
     extras = bias, alibi_slopes, key_lengths
     strides = (query.stride(), key.stride(), value.stride(), _broadcast(bias), _broadcast(alibi_slopes),
                grad_out.stride())
     scalars = *windows, scale, softcap, *dropout
-    constants = D, DV, _padded(D), _padded(DV), *sides, softcap > 0
+    constants = D, DV, _padded(D), _padded(DV), *sides, _softcap_kind(softcap)
     if B * H * N:
         (block_m, block_n), options = _config("grad_q", query, value, scored, cu_seqlens_q is not None)
         S, steps, blocks = _packed(N, block_m, cu_seqlens_q)
         k, v, bulk = _bulk(block_n, key, value)
         _grad_q[(blocks * B * H,)](
             query, k, v, *extras, cu_seqlens_q, cu_seqlens_k, seed, grad_out, out, lse, grad_lse, grad_query, lse2,
-            delta, grad_slopes, *strides, out.stride(), () if grad_lse is None else grad_lse.stride(),
+            delta, low, grad_slopes, *strides, out.stride(), () if grad_lse is None else grad_lse.stride(),
             grad_query.stride(), H, group, N, M, S, steps, blocks, *scalars, *constants, bulk, block_m, block_n,
             **options)
     if B * Hk * M:
@@ -653,7 +690,7 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes
         S, steps, blocks = _packed(M, block_n, cu_seqlens_k)
         q, do, bulk = _bulk(block_m, query, grad_out)
         _grad_kv[(blocks * B * Hk,)](
-            q, key, value, *extras, cu_seqlens_q, cu_seqlens_k, seed, do, lse2, delta, grad_key, grad_value,
+            q, key, value, *extras, cu_seqlens_q, cu_seqlens_k, seed, do, lse2, delta, low, grad_key, grad_value,
             *strides, grad_key.stride(), grad_value.stride(),
             H, group, N, M, S, steps, blocks, *scalars, *constants, bulk, group > 1, block_m, block_n, **options)
     if grad_bias is not None and grad_bias.numel():
@@ -662,7 +699,7 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes
         one_n, one_m = bias_N == 1, bias_M == 1
         tiles = (1 if one_n else triton.cdiv(N, block_m)) * (1 if one_m else triton.cdiv(M, block_n))
         _grad_bias[(tiles * bias_B * bias_H,)](
-            query, key, value, *extras, seed, grad_out, lse2, delta, grad_bias, *strides, grad_bias.stride(),
+            query, key, value, *extras, seed, grad_out, lse2, delta, low, grad_bias, *strides, grad_bias.stride(),
             B, H, group, N, M, *scalars, bias_B, bias_H, *constants, one_n, one_m, block_m, block_n, **options)
 
 

@@ -2,15 +2,18 @@
 
   S ← cap · tanh(scale · q·k / cap) + bias − slope · |p − j|, −inf where masked;  P = e^(S − lse);  dS = P ∘ (dP − Δ)
 
-Scores are in base 2. Nothing here loops over a sequence or knows which gradient is wanted. A bare `return` gives None,
-which Triton 3.6 returns in no other way.
+Scores that are products alone stay unscaled; all others are in natural units: base 2 comes after the difference from a
+maximum or lse, for s · log2 e, rounded, is off by more than an exponent holds from s = 1e9 on, and infinite at 3e38.
+Nothing here loops over a sequence or knows which gradient is wanted. A bare `return` gives None, which Triton
+3.6 returns in no other way.
 """
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3e38)  # below every score, yet finite: subtracting it never makes a NaN
+# Finite numbers that no score is below: subtracting them never makes a NaN.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+LOWEST_64 = tl.constexpr(-1.7976931348623157e308)
 
 
 # ---- where a program works -------------------------------------------------------------------------------------------
@@ -234,23 +237,23 @@ def _tanh(x, EXACT: tl.constexpr):
 @triton.jit
 def _scores(s, p, j, bias, slope, x, low, high, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
             MASKED: tl.constexpr):
-    """Products s = q·k -> (scores times log2 e, −inf where masked; derivative of the softcap). MASKED: the streamed
-    index x is seen by an owned row from its low up to its high: bounds by row, since a thread holds few rows."""
+    """Products s = q·k -> (scores, −inf where masked, unscaled if they are products alone; derivative of the softcap).
+    MASKED: the streamed index x is seen by an owned row from its low up to its high: bounds by row, since a thread
+    holds few rows."""
     slack = 1.0
     if SOFTCAP:
         t = _tanh(s * (scale / softcap), EXACT)
-        s = t * (softcap * LOG2E)
+        s = t * softcap
         slack = 1 - t * t
-    else:
-        s = s * (scale * LOG2E)
+    elif (bias is not None) or (slope is not None):
+        s = s * scale
     if bias is not None:
         if bias.dtype == tl.int1:
             s = tl.where(bias, s, float("-inf"))
-        else:  # the dtype's lowest number, times log2 e, would be −inf and mask
-            bias = bias.to(s.dtype)
-            s += tl.where((bias < -1e38) & (bias > float("-inf")), -1e38, bias) * LOG2E
+        else:
+            s += bias.to(s.dtype)
     if slope is not None:
-        s -= slope * LOG2E * tl.abs(p - j).to(s.dtype)
+        s -= slope * tl.abs(p - j).to(s.dtype)
     if MASKED:
         if high is None:
             seen = x >= low
@@ -293,12 +296,15 @@ def _exp2(x, BY_FMA: tl.constexpr):
 
 
 @triton.jit
-def _probabilities(s, lse, bias):
-    """Scores s, lse (base 2) -> P"""
-    prob = tl.exp2(s - lse)
-    if bias is not None:  # lse of a row of huge negative scores is rounded
-        prob = tl.where(prob > 1, 1.0, prob)
-    return prob
+def _probabilities(s, lse, low, factor, SCORED: tl.constexpr):
+    """Scores s, lse (in base 2 unless SCORED), low (base 2, or None): what lse, rounded, leaves -> P"""
+    if SCORED:
+        s = (s - lse) * factor
+        if low is not None:
+            s -= low
+        return tl.exp2(s)
+    else:
+        return tl.exp2(s * factor - lse)
 
 
 @triton.jit

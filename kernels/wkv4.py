@@ -30,8 +30,9 @@ import triton
 import triton.language as tl
 
 CHUNK = 32  # steps from one saved state to the next
-EMPTY = tl.constexpr(-1e38)  # pp of a state that has seen nothing
-ABSENT = tl.constexpr(-1e30)  # k of a step past the end: below every key, above EMPTY
+EMPTY = tl.constexpr(-1e38)  # pp of a state that has seen nothing, as the caller sees it; inside it is LOWEST
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
+ABSENT = tl.constexpr(float("-inf"))  # k of a step past the end
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -46,16 +47,24 @@ def _factors(a, b):
 
 
 @triton.jit
+def _finite(exponent):
+    """One that overflowed downwards, or was -inf, is the lowest number: no difference is of two infinities then, and
+    the empty state is no larger than anything. NaN stays NaN."""
+    return tl.where(exponent < LOWEST, LOWEST, exponent)
+
+
+@triton.jit
 def _advance(aa, bb, pp, k, v, w):
     """-> the state after the step, f, e"""
-    f, e = _factors(pp + w, k)
-    return f * aa + e * v, f * bb + e, tl.maximum(pp + w, k), f, e
+    before = _finite(pp + w)
+    f, e = _factors(before, k)
+    return f * aa + e * v, f * bb + e, tl.maximum(before, k), f, e
 
 
 @triton.jit
 def _mean(aa, bb, pp, k, v, u):
     """-> y, e^{pp−q}/D, e^{u+k−q}/D"""
-    past, present = _factors(pp, u + k)
+    past, present = _factors(pp, _finite(u + k))
     inverse = 1 / (past * bb + present)
     return (past * aa + present * v) * inverse, past * inverse, present * inverse
 
@@ -133,10 +142,10 @@ def _state(ptr, row, C, c, inside, w):
     """The row-th state: an empty one where bb is 0, or without a pointer; in the dtype of w"""
     if ptr is None:
         zero = tl.zeros_like(w)
-        return zero, zero, zero + EMPTY
+        return zero, zero, zero + LOWEST
     else:
         aa, bb, pp = _three(ptr, row, C, c, inside)
-        return aa, bb, tl.where(bb == 0, EMPTY, pp)
+        return aa, bb, tl.where(bb == 0, LOWEST, pp)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -176,7 +185,7 @@ def _forward(
     if y_ptr is None:
         _store_three(final_ptr, chunk * B + b, C, c, inside, aa, bb, pp)
     elif stop == T:
-        _store_three(final_ptr, b, C, c, inside, aa, bb, pp)
+        _store_three(final_ptr, b, C, c, inside, aa, bb, tl.where(bb == 0, EMPTY, pp))
 
 
 @triton.jit(do_not_specialize=["B", "chunks", "steps"])
@@ -196,17 +205,19 @@ def _scan(
         for i in tl.static_range(STEPS):
             if first + i < chunks:
                 _store_three(chunks_ptr, (first + i) * B + b, C, c, inside, aa, bb, pp)
-            f, e = _factors(pp + shift, found[i][2])
+            before = _finite(pp + shift)
+            f, e = _factors(before, found[i][2])
             aa, bb = f * aa + e * found[i][0], f * bb + e * found[i][1]
-            pp = tl.maximum(pp + shift, found[i][2])
+            pp = tl.maximum(before, found[i][2])
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
 
 @triton.jit
 def _beyond(grad_aa, grad_bb, grad_pp, aa, bb):
-    """What the gradient of pp holds beyond that of the numerator aa e^pp and the denominator bb e^pp"""
-    return grad_pp - (grad_aa * aa + grad_bb * bb)
+    """What the gradient of pp holds beyond that of the numerator aa e^pp and the denominator bb e^pp; nothing of a
+    state that has seen nothing, whose pp is constant"""
+    return tl.where(bb == 0, 0.0, grad_pp - (grad_aa * aa + grad_bb * bb))
 
 
 @triton.jit(do_not_specialize=["B", "T", "steps"])
@@ -242,7 +253,7 @@ def _grad_local(
                 ga += z
                 gb -= z * y
             if grad_state_ptr is not None:
-                passes = tl.where(k > pp + w_t, 0.0, passes)
+                passes = tl.where(k > _finite(pp + w_t), 0.0, passes)
             aa, bb, pp, f, _ = _advance(aa, bb, pp, k, v, w_t)
             factor *= f
 
@@ -346,12 +357,13 @@ def _backward(
                 valid = None if FULL else t + i < stop
                 k, v, w_t = _step(ks[i], vs[i], w, valid, ACC)
                 aa, bb, pp = states[i]
-                f, e = _factors(pp + w_t, k)
+                before = _finite(pp + w_t)
+                f, e = _factors(before, k)
                 grad_v = e * ga
                 grad_k = e * (ga * v + gb)
                 grad_w = f * (ga * aa + gb * bb)
                 if R:
-                    lost = k > pp + w_t
+                    lost = k > before
                     grad_k += tl.where(lost, r, 0.0)
                     r = tl.where(lost, 0.0, r)
                     grad_w += r

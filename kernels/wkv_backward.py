@@ -34,9 +34,12 @@ M = (1 − A_ab)⁻¹, with A_xz[i,j] = x_i·(W_ij∘z_j), grows from block to b
 import triton
 import triton.language as tl
 
+from .wkv import _split
+
 L = tl.constexpr(32)  # the distance of the checkpoints
 LEVELS = tl.constexpr(5)
 LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
 
 
 # ---- levels: [L, BLOCK_K] and [L, L] ---------------------------------------------------------------------------------
@@ -66,11 +69,11 @@ def _level(p, level):
 
 
 @triton.jit
-def _crossed(level, ACC: tl.constexpr):
+def _crossed(level, DTYPE: tl.constexpr):
     """[L, L]: whether the step of the row lies between that of the column and the middle"""
     t, s = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     is_right = (s >> level) % 2 == 1
-    return tl.where((t >> level == s >> level) & tl.where(is_right, s > t, s < t), 1.0, 0.0).to(ACC)
+    return tl.where((t >> level == s >> level) & tl.where(is_right, s > t, s < t), 1.0, 0.0).to(DTYPE)
 
 
 @triton.jit
@@ -81,10 +84,31 @@ def _diagonal(values):
 
 
 @triton.jit
+def _to_bf16(x):
+    """x rounded to bf16; in the interpreter, which has none, to such a number in fp32"""
+    if INTERPRETED:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        return (bits + 0x7FFF + (bits >> 16 & 1) & -65536).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
-    """PRECISION: "bf16", to which both are rounded, or how exact fp32 (fp64) is to be"""
+    """PRECISION: "bf16", to which both are rounded; or how exact fp32 (fp64) is multiplied: "bf16x6" in as many
+    products of three bf16 pieces of each, of which an operand that is bf16 needs three."""
     if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc, out_dtype=acc.dtype)
+        return tl.dot(_to_bf16(a), _to_bf16(b), acc, out_dtype=acc.dtype)
+    elif PRECISION == "bf16x6" and a.dtype == tl.bfloat16:
+        high, middle, low = _split(b.to(acc.dtype), tl.bfloat16, 3)
+        acc = tl.dot(a, low, acc, out_dtype=acc.dtype)
+        acc = tl.dot(a, middle, acc, out_dtype=acc.dtype)
+        return tl.dot(a, high, acc, out_dtype=acc.dtype)
+    elif PRECISION == "bf16x6" and b.dtype == tl.bfloat16:
+        high, middle, low = _split(a.to(acc.dtype), tl.bfloat16, 3)
+        acc = tl.dot(low, b, acc, out_dtype=acc.dtype)
+        acc = tl.dot(middle, b, acc, out_dtype=acc.dtype)
+        return tl.dot(high, b, acc, out_dtype=acc.dtype)
     else:
         return tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
@@ -266,8 +290,10 @@ def _chain(
 def _values(
         grad_y_ptr, v_ptr, checkpoints_ptr, ends_ptr, y_k_ptr, y_a_ptr, y_b_ptr, s_v_ptr, c_g_ptr, v_g_ptr, p_ptr,
         s_ptr, c_ptr, grad_v_ptr, T, H, chunks, heads, scale, K: tl.constexpr, V: tl.constexpr, EVEN_K: tl.constexpr,
-        EVEN_V: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
-    """p_ptr: p of (g, v), with s_ptr also of (g, s), (c, v) and (c, s): [heads, chunks, 1 or 4, L, L].
+        EVEN_V: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_V: tl.constexpr):
+    """ROUNDED: the precision of gv, which nothing else is made of.
+    p_ptr: p of (g, v), with s_ptr also of (g, s), (c, v) and (c, s): [heads, chunks, 1 or 4, L, L].
     s_ptr, c_ptr: [heads, chunks, L, V]"""
     ACC: tl.constexpr = checkpoints_ptr.dtype.element_ty
     EVEN: tl.constexpr = EVEN_K and EVEN_V
@@ -280,7 +306,7 @@ def _values(
         j = first_v + tl.arange(0, BLOCK_V)
         g = _load(grad_y_ptr, row, H, count, j, V, EVEN_V).to(ACC) * scale
         v = _load(v_ptr, row, H, count, j, V, EVEN_V)
-        grad_v = _product(tl.trans(_load_tile(v_g_ptr, place, i, i, L, L, True)), g, ACC, PRECISION)  # [L, BLOCK_V]
+        grad_v = _product(tl.trans(_load_tile(v_g_ptr, place, i, i, L, L, True)), g, ACC, ROUNDED)  # [L, BLOCK_V]
         s, c = grad_v, grad_v
         if s_ptr is not None:
             s = _product(_load_tile(s_v_ptr, place, i, i, L, L, True), v, ACC, PRECISION)  # [L, BLOCK_V]
@@ -289,7 +315,7 @@ def _values(
             kappa = first_k + tl.arange(0, BLOCK_K)
             end = _load_tile(ends_ptr, place, kappa, j, K, V, EVEN)
             y_k = _load_tile(y_k_ptr, place, i, kappa, L, K, EVEN_K)
-            grad_v = _dot(y_k, end, grad_v, PRECISION)  # [L, BLOCK_V]
+            grad_v = _dot(y_k, end, grad_v, ROUNDED)  # [L, BLOCK_V]
             if s_ptr is not None:
                 y_b = _load_tile(y_b_ptr, place, i, kappa, L, K, EVEN_K)
                 c = _dot(y_b, end, c, PRECISION)  # [L, BLOCK_V]
@@ -324,6 +350,7 @@ def _keys(
     ACC: tl.constexpr = w_ptr.dtype.element_ty
     EVEN: tl.constexpr = EVEN_K and EVEN_V
     SETS: tl.constexpr = 1 if a_ptr is None else 4
+    MASK: tl.constexpr = tl.bfloat16 if PRECISION == "bf16x6" else ACC
     AGAIN: tl.constexpr = True  # read again at the end, so that no register is held over both loops
     place = (tl.program_id(0) // tl.cdiv(K, BLOCK_K)).to(tl.int64)
     j = tl.program_id(0) % tl.cdiv(K, BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -373,7 +400,7 @@ def _keys(
         grad_r += gx_r
         grad_k += gz_k
         crossing += r * gx_r + k * gz_k
-        grad_w = _dot(_crossed(level, ACC), crossing, grad_w, PRECISION)  # [L, BLOCK_K]
+        grad_w = _dot(_crossed(level, MASK), crossing, grad_w, PRECISION)  # [L, BLOCK_K]
         head_d, tail_d = _lengthen(head_d, tail_d, d, level)
 
     gx_r = tl.zeros((L, BLOCK_K), ACC)
@@ -414,8 +441,8 @@ def _keys(
         _store(grad_a_ptr, row, H, count, j, grad_a + gx_a, K, EVEN_K)
         grad_b += gz_b
     t, other = i[:, None], i[None, :]
-    grad_w = _dot(tl.where(other > t, 1.0, 0.0).to(ACC), before, grad_w, PRECISION)  # [L, BLOCK_K]
-    grad_w = _dot(tl.where(other < t, 1.0, 0.0).to(ACC), after, grad_w, PRECISION)  # [L, BLOCK_K]
+    grad_w = _dot(tl.where(other > t, 1.0, 0.0).to(MASK), before, grad_w, PRECISION)  # [L, BLOCK_K]
+    grad_w = _dot(tl.where(other < t, 1.0, 0.0).to(MASK), after, grad_w, PRECISION)  # [L, BLOCK_K]
     grad_w += (both * tl.load(total_ptr + place * K + j, mask=j < K, other=0))[None, :]
 
     own = tl.load(p_ptr + place * (SETS * L * L) + i * (L + 1))[:, None]
@@ -436,15 +463,11 @@ def _keys(
 
 # ---- launches --------------------------------------------------------------------------------------------------------
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
-
 # {op: {kernel: (BLOCK_K, BLOCK_V, num_warps, num_stages)}}; a block is no larger than K or V needs, _chain's holds K
 CONFIGS = {
-    "wkv6": {"prepare": (64, 32, 4, 2), "chain": (64, 32, 4, 3), "values": (32, 64, 4, 3), "keys": (64, 32, 8, 3)},
-    "wkv7": {"prepare": (16, 32, 2, 2), "chain": (64, 32, 4, 3), "values": (32, 64, 4, 3), "keys": (64, 32, 8, 1)},
-    "wkv7 fp32": {"prepare": (16, 32, 4, 2), "chain": (64, 32, 4, 3), "values": (32, 32, 4, 2), "keys": (64, 16, 8, 1)},
+    "wkv6": {"prepare": (64, 32, 4, 2), "chain": (64, 32, 4, 3), "values": (32, 64, 4, 3), "keys": (64, 16, 8, 2)},
+    "wkv7": {"prepare": (16, 32, 4, 2), "chain": (64, 32, 4, 3), "values": (32, 16, 4, 2), "keys": (64, 16, 8, 1)},
 }
-CONFIGS["wkv6 fp32"] = CONFIGS["wkv6"]
 
 
 def _is_hip():
@@ -455,18 +478,18 @@ def _padded(width):
     return max(16, triton.next_power_of_2(width))
 
 
-def _config(op, kernel, K, V, precision):
+def _config(op, kernel, K, V):
     """-> BLOCK_K, BLOCK_V, launch options"""
     if INTERPRETED:  # any size is right there: small ones meet more edges on small inputs
         return _padded(K) if kernel == "chain" else 16, 16, {}
-    block_k, block_v, warps, stages = CONFIGS[op if precision != "tf32x3" else f"{op} fp32"][kernel]
+    block_k, block_v, warps, stages = CONFIGS[op][kernel]
     block_k = _padded(K) if kernel == "chain" else min(block_k, _padded(K))
     if kernel == "chain" and block_k > 64:  # three stages of such tiles are too much for shared memory
         block_v, warps, stages = 16, 8, 2 if block_k == 128 else 1
     options = {"num_warps": warps, "num_stages": stages}
     if _is_hip():  # tiles of 32 rows: instructions of 32 rows would leave most waves the same work
-        stages = 2 if precision == "bf16" else 1  # gfx950 would copy fp32 tiles four bytes a lane
-        options = {"num_warps": min(warps, 4), "num_stages": stages, "matrix_instr_nonkdim": 16}
+        # One stage: gfx950 would copy fp32 tiles four bytes a lane.
+        options = {"num_warps": min(warps, 4), "num_stages": 1, "matrix_instr_nonkdim": 16}
     return block_k, min(block_v, _padded(V)), options
 
 
@@ -483,39 +506,38 @@ def backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, scale,
     heads, chunks = B * H, triton.cdiv(T, steps)
     seven, places = a is not None, heads * chunks
     op = "wkv7" if seven else "wkv6"
-    sums = "ieee" if _is_hip() or INTERPRETED else "tf32x3" if r.dtype.itemsize > 2 else "tf32"
-    rounded = str(r.dtype) == "torch.bfloat16" and not INTERPRETED
-    precision = "bf16" if rounded else sums
+    precision = "ieee" if _is_hip() or INTERPRETED else "bf16x6"
+    # The interpreter has no bf16 tensors: fp16 ones meet the rounding there that bf16 ones meet on a GPU.
+    rounded = "bf16" if str(r.dtype) == ("torch.float16" if INTERPRETED else "torch.bfloat16") else precision
     if grad_y is None:
         grad_y = v.new_zeros(v.shape)
 
-    def scratch(like, *shape, when=True):
-        return like.new_empty(places, *shape) if when else None
+    def scratch(*shape, when=True):
+        return w.new_empty(places, *shape) if when else None
 
-    operand = r if rounded else w  # of what dots read
-    total, v_g, p = scratch(w, K), scratch(w, steps, steps), scratch(operand, 4 if seven else 1, steps, steps)
-    y_r, y_k, ends = scratch(operand, K, steps), scratch(operand, steps, K), scratch(operand, K, V)
-    x_a, y_a, y_b = (scratch(operand, K * steps, when=seven) for _ in range(3))
-    s_v, c_g = (scratch(w, steps, steps, when=seven) for _ in range(2))
-    s, c = (scratch(operand, steps, V, when=seven) for _ in range(2))
+    total, v_g, p = scratch(K), scratch(steps, steps), scratch(4 if seven else 1, steps, steps)
+    y_r, y_k, ends = scratch(K, steps), scratch(steps, K), scratch(K, V)
+    x_a, y_a, y_b = (scratch(K * steps, when=seven) for _ in range(3))
+    s_v, c_g = (scratch(steps, steps, when=seven) for _ in range(2))
+    s, c = (scratch(steps, V, when=seven) for _ in range(2))
     by_chunk = None if seven else w.new_empty(chunks, heads, K)
 
     if places:
-        block_k, _, options = _config(op, "prepare", K, V, sums)
+        block_k, _, options = _config(op, "prepare", K, V)
         _prepare[(places,)](
             r, w, k, u, a, b, total, y_r, y_k, x_a, y_a, y_b, s_v, c_g, v_g, T, H, chunks,
-            K, K % block_k == 0, sums, block_k, **options)
+            K, K % block_k == 0, precision, block_k, **options)
     if heads and (chunks or state is not None):
-        block_k, block_v, options = _config(op, "chain", K, V, precision)
+        block_k, block_v, options = _config(op, "chain", K, V)
         _chain[(heads * triton.cdiv(V, block_v),)](
             grad_y, grad_state, total, y_r, x_a, y_b, ends, None if state is None else grad_state0, T, H, chunks, scale,
             K, V, block_k == K, V % block_v == 0, precision, block_k, block_v, **options)
     if places:
-        block_k, block_v, options = _config(op, "values", K, V, precision)
+        block_k, block_v, options = _config(op, "values", K, V)
         _values[(places,)](
             grad_y, v, checkpoints, ends, y_k, y_a, y_b, s_v, c_g, v_g, p, s, c, grad_v, T, H, chunks, heads, scale,
-            K, V, K % block_k == 0, V % block_v == 0, precision, block_k, block_v, **options)
-        block_k, block_v, options = _config(op, "keys", K, V, precision)
+            K, V, K % block_k == 0, V % block_v == 0, precision, rounded, block_k, block_v, **options)
+        block_k, block_v, options = _config(op, "keys", K, V)
         _keys[(places * triton.cdiv(K, block_k),)](
             grad_y, r, w, k, v, u, a, b, checkpoints, ends, total, p, s, c, grad_r, grad_w, grad_k, by_chunk,
             *((grad_a, grad_b) if seven else (None, None)), T, H, chunks, heads, scale,
@@ -525,17 +547,17 @@ def backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, scale,
 
 
 # What `python -m pykernels audit` may find here, and why it is shipped all the same.
-_FP32 = "exact fp32 takes three products of halves that both need registers, and RWKV-7 has twice the tiles; bf16 fits"
 AUDIT_EXCEPTIONS = [
-    *(dict(kernel=kernel, check="spill", where={"PRECISION": "tf32x3"}, reason=_FP32)
-      for kernel in ("_prepare", "_values", "_keys")),
+    *(dict(kernel=kernel, check="spill", where={"PRECISION": "bf16x6"}, reason=reason)
+      for kernel, reason in (
+          ("_keys", "three pieces of two operands need registers; RWKV-7 has twice the tiles; other sizes spill more"),
+          ("_prepare", "4 bytes, on sm_100 alone"),
+          ("_values", "RWKV-7 has four times the tiles: up to 80 bytes on sm_100; other sizes do no better"))),
     *(dict(kernel=kernel, check="spill", where={"EVEN_K": False},
            reason="masks along K cost RWKV-7 the registers that a power of two leaves free")
       for kernel in ("_prepare", "_keys")),
     dict(kernel="_values", check="spill", where={"EVEN_V": False},
          reason="masks along V, and more than one block of it, cost RWKV-7 registers; a multiple of 64 spills nothing"),
-    dict(kernel="_keys", check="spill", where={"PRECISION": "tf32"},
-         reason="tf32 operands take twice bf16's registers: some of RWKV-7's values are put aside before the loops"),
     *(dict(kernel=kernel, check="async copy", where={"EVEN_V": False},
            reason="rows of an odd width are not aligned to what an asynchronous copy takes")
       for kernel in ("_chain", "_values")),

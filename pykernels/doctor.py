@@ -83,7 +83,9 @@ def main(args: argparse.Namespace) -> int:
     facts = Table(show_header=False, title="this machine", title_justify="left")
     compilers = {"C++ compiler": _compiler("c++"), "CUDA compiler": _compiler("nvcc")}
     gpus = {} if torch.cuda.is_available() else {"GPU": "torch sees none"}
-    for name, value in {**machine(), **gpus, **compilers}.items():
+    cuda_first = ", ".join(name for name in sorted(OPS) if OPS[name].cuda_first)
+    choices = {"CUDA before Triton": f"{cuda_first}, on a GPU that they have passed their first-use test on"}
+    for name, value in {**machine(), **gpus, **compilers, **choices}.items():
         needed = f" ({TRITON_NEEDED} or newer is needed)" if name == "triton" else ""
         facts.add_row(name, escape(value + needed))
     console.print(facts)

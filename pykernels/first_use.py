@@ -9,12 +9,14 @@ architecture, compiler, torch and kernel source.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import threading
@@ -26,6 +28,7 @@ from . import kernels, native, registry
 from .registry import BACKENDS, CUDA, FLOATS, OPS, TRITON, BackendDeclined, constant, unavailable
 
 SAMPLES = 8  # of an op, evenly spaced among them all
+UNTESTED = "it has not been tested"
 
 _verdicts: dict[tuple[str, int, torch.device, torch.dtype], str | None] = {}  # those that this process knows
 _running = threading.local()
@@ -35,10 +38,15 @@ def verify_on_first_use(enable: bool = True) -> None:
     """Test each GPU kernel against its reference before its first use on this machine, and do without what fails.
 
     Off unless called. The first call of an op takes seconds longer, per backend and dtype; later processes find the
-    verdict in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, pykernels/first-use.json), where it holds for the
+    verdict in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, pykernels/first-use), where it holds for the
     GPU's architecture and the versions of the compiler, torch and the kernels. A kernel that fails is replaced by the
-    PyTorch reference, with one warning; asked for by name (`use_backend`) it raises RuntimeError. Not tested while a
-    CUDA graph is being captured.
+    backend that comes after it, at last the PyTorch reference, with one warning; asked for by name (`use_backend`) it
+    raises RuntimeError. Not tested while a CUDA graph is being captured.
+
+    It also decides which kernels a call gets that names none: `lstm` and `gru` have CUDA kernels that launch once,
+    where Triton's launch once a step. They come first on a GPU whose verdict is that they pass: from a test now or,
+    whether this was called or not, from the file, into which `python -m pykernels gpu` writes too. Without a verdict
+    Triton's serve.
     """
     registry.verify = failure if enable else None
 
@@ -47,34 +55,57 @@ def failure(name: str, backend: int, arguments: tuple) -> str | None:
     """Why a backend must not serve a call with these kernel arguments, tested now if need be. None: it may."""
     if backend not in (TRITON, CUDA):
         return None
-    first = next(a for a in arguments if isinstance(a, torch.Tensor))
-    floats = (a.dtype for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point())
-    return _known(name, backend, str(first.device), next(floats, torch.float32))
+    reason = _known(name, backend, *_device_and_dtype(arguments), True)
+    return None if reason == UNTESTED else reason
+
+
+def passed(name: str, backend: int, arguments: tuple) -> bool:
+    """Whether a backend is known to have passed: here, on file or, where the user asked for it, in a test now."""
+    return _known(name, backend, *_device_and_dtype(arguments), registry.verify is not None) is None
+
+
+registry.passed = passed
+
+
+def _device_and_dtype(arguments: tuple) -> tuple[torch.device, torch.dtype]:
+    """Of the first tensor, and of the first that has floats."""
+    device = None
+    for one in arguments:
+        if isinstance(one, torch.Tensor):
+            device = device or one.device
+            if one.is_floating_point():
+                return device, one.dtype
+    return device, torch.float32
 
 
 @constant
-def _known(name: str, backend: int, device: str, dtype: torch.dtype) -> str | None:
-    key = name, backend, torch.device(device), dtype
-    if key not in _verdicts:
-        if getattr(_running, "test", False):
-            return None
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return None
-        _verdicts[key] = reason = verdict(name, backend, device, dtype)
-        if reason:
-            warnings.warn(f"pykernels: {reason}. It is not used.", stacklevel=5)
-    return _verdicts[key]
+def _known(name: str, backend: int, device: torch.device, dtype: torch.dtype, test: bool) -> str | None:
+    """What is wrong with an op's kernels, None if nothing is, or UNTESTED; a test is not made during one."""
+    key = name, backend, device, dtype
+    if key in _verdicts and not (test and _verdicts[key] == UNTESTED):
+        return _verdicts[key]
+    if getattr(_running, "test", False):
+        return UNTESTED
+    if test and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        known = verdict(name, backend, str(device), dtype)
+    else:
+        known = _read(_key(name, backend, str(device), dtype))
+    _verdicts[key] = known
+    if known is not None and known != UNTESTED:
+        warnings.warn(f"pykernels: {known}. It is not used.", stacklevel=5)
+    return known
 
 
 def verdict(name: str, backend: int, device: str, dtype: torch.dtype, again: bool = False) -> str | None:
-    """What is wrong with an op's kernels on a device, from the file of verdicts or, if there is none, by a test."""
-    key, known = _key(name, backend, device, dtype), _read()
-    if key in known and not again:
-        return known[key]
+    """What is wrong with an op's kernels on a device, from the verdicts on file or, if there is none, by a test."""
+    key = _key(name, backend, device, dtype)
+    known = UNTESTED if again else _read(key)
+    if known != UNTESTED:
+        return known
     wrong, certain = _test(name, backend, device, dtype)
     reason = wrong and f"{name}, {BACKENDS[backend]}, failed its first-use test on {architecture(device)}: {wrong}"
     if certain:
-        _write({**_read(), key: reason})
+        _write(key, reason)
     return reason
 
 
@@ -108,7 +139,7 @@ def _test(name: str, backend: int, device: str, dtype: torch.dtype) -> tuple[str
     return outcome[0] if outcome else (None, True)
 
 
-# ------------------------------------------------------------------------------------------------ the file of verdicts
+# ------------------------------------------------------------------------------------------------ the verdicts on file
 
 
 def architecture(device: str) -> str:
@@ -137,28 +168,37 @@ def _compiled(backend: int) -> tuple[str, ...]:
     return *versions, hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def cache_file() -> pathlib.Path:
+def cache_folder() -> pathlib.Path:
+    """Of one file for each verdict, so that processes that write at once cost each other none."""
     home = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "pykernels" / "first-use.json"
+    return (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "pykernels" / "first-use"
 
 
-def _read() -> dict[str, str | None]:
+def _file(key: str) -> pathlib.Path:
+    return cache_folder() / f"{re.sub(r'[^A-Za-z0-9_.+-]', ' ', key)}.json"
+
+
+def _read(key: str) -> str | None:
     try:
-        return json.loads(cache_file().read_text())
-    except (OSError, ValueError):  # none yet, or not ours: the test runs again
-        return {}
+        found = json.loads(_file(key).read_text())
+    except (OSError, ValueError, RuntimeError):  # none yet, or not ours: the test runs again; RuntimeError: no home
+        return UNTESTED
+    reason = found.get(key, UNTESTED) if isinstance(found, dict) else UNTESTED
+    return reason if reason is None or isinstance(reason, str) else UNTESTED
 
 
-def _write(verdicts: dict[str, str | None]) -> None:
+def _write(key: str, reason: str | None) -> None:
     """In one piece, whatever other processes write. Where nothing can be written the verdict lasts as long as we do."""
-    file = cache_file()
-    try:
+    with contextlib.suppress(OSError, RuntimeError):
+        file = _file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
-            json.dump(verdicts, new, indent=1)
-        os.replace(new.name, file)
-    except OSError:
-        pass
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".new", delete=False) as new:
+            try:
+                json.dump({key: reason}, new)
+                new.close()
+                os.replace(new.name, file)
+            except OSError:
+                os.unlink(new.name)
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -82,6 +82,7 @@ class Op:
     differentiable: tuple[str, ...]  # arguments with a gradient; empty: no gradient at all
     random: bool  # draws from torch's generator
     dtypes: tuple[torch.dtype, ...]
+    cuda_first: bool  # where a GPU has tested its CUDA kernels, they come before Triton's
 
     @property
     def summary(self) -> str:
@@ -114,6 +115,7 @@ def register(
     differentiable: Iterable[str] = (),
     random: bool = False,
     dtypes: tuple[torch.dtype, ...] = (torch.float64, *FLOATS),
+    cuda_first: bool = False,
 ) -> Callable[P, R]:
     """Declare an op and return its public function.
 
@@ -124,7 +126,10 @@ def register(
     name = body.__name__.removeprefix("_")
 
     def run(*arguments):
-        backend = choose(name, next(a.device for a in arguments if isinstance(a, torch.Tensor)), arguments)
+        first = arguments[0]
+        if not isinstance(first, torch.Tensor):
+            first = next(a for a in arguments if isinstance(a, torch.Tensor))
+        backend = choose(name, first.device, arguments)
         if backend == REFERENCE:
             return reference(*arguments)
         _refuse_forward_mode(name, arguments)
@@ -162,6 +167,7 @@ def register(
         differentiable=tuple(differentiable),
         random=random,
         dtypes=dtypes,
+        cuda_first=cuda_first,
     )
     return OPS[name].function
 
@@ -201,7 +207,9 @@ def wants_gradient(*arguments: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------ backends
 
-verify: Callable[[str, int, tuple], str | None] | None = None  # first_use.py's, where the user asked for it
+# first_use.py's
+verify: Callable[[str, int, tuple], str | None] | None = None  # where the user asked for it
+passed: Callable[[str, int, tuple], bool] = lambda *_: False
 
 
 class _Level:
@@ -317,18 +325,20 @@ def decline(name: str, backend: int, device: torch.device, arguments: tuple) -> 
 def choose(name: str, device: torch.device, arguments: tuple) -> int:
     """The backend for one call: the one asked for by name, else the device's own, else the reference."""
     override = _selection.override
-    if device.type == "meta":
+    kind = device.type
+    if kind == "meta":
         return REFERENCE if override == REFERENCE else CPU  # shapes alone: the op's fake implementation
     if override != AUTO:
         reason = decline(name, override, device, arguments)
         if reason is not None:
             raise BackendDeclined(f"{name}: backend {BACKENDS[override]!r} cannot run this call: {reason}")
         return override
-    # CUDA kernels have run on the CPU alone so far: until a device has checked and timed them they are had by name.
-    for backend in (CPU,) if device.type == "cpu" else (TRITON,):
-        if decline(name, backend, device, arguments) is None:
-            return backend
-    return REFERENCE
+    if kind == "cpu":
+        return REFERENCE if decline(name, CPU, device, arguments) else CPU
+    # Our CUDA kernels have run on the CPU alone: a GPU that would rather have them has to have tested them itself.
+    if OPS[name].cuda_first and decline(name, CUDA, device, arguments) is None and passed(name, CUDA, arguments):
+        return CUDA
+    return REFERENCE if decline(name, TRITON, device, arguments) else TRITON
 
 
 def available_backends(op: str) -> dict[str, str | None]:
@@ -520,6 +530,8 @@ def triton_declines(first: torch.Tensor, *rest) -> str | None:
 
 def autocast(*tensors: Any) -> tuple:
     """Under autocast, an op's floating arguments go to its dtype together, as torch does for its own kernels."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     first = tensors[0]
     if not isinstance(first, torch.Tensor) or not is_autocast_on(first.device.type):
         return tensors

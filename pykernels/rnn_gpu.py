@@ -146,9 +146,13 @@ def _finish_backward(tensors, arguments, state, grad_gates, previous, grad_hidde
 _CLUSTER = 16  # blocks at most that exchange through their shared memories; 0: all exchange through global memory
 
 
-@constant
-@functools.cache
+@constant  # the cache is beneath: tracing would see through it
 def _fits(device, dtype, H, cell, backward) -> bool:
+    return _measured(device, dtype, H, cell, backward)
+
+
+@functools.cache
+def _measured(device, dtype, H, cell, backward) -> bool:
     return torch.ops.pykernels_cuda.rnn_fits(torch.empty(0, dtype=dtype, device=device), H, cell, backward)
 
 
@@ -188,6 +192,33 @@ def _scratch(weights, B):
     return weights.new_zeros(2, 8 * tiles, weights.size(2)), counters
 
 
+# The kernels' layouts of the recurrent weights, made anew at each call: one strided copy (two if 8 does not divide H),
+# after a fill with zeros unless it covers all. A copy that is kept would miss an update through .data, which counts no
+# version, and the kernels load 16 bytes of a padded row at a time. For an LSTM of H = 1024 in bf16 it is 8 MiB.
+
+
+def _by_octets(weight_hh, G, H):
+    """[octets of units, 4 gates · 8 units, K], K a multiple of 512 from H: forward's."""
+    whole, rest = divmod(H, 8)
+    shape = whole + bool(rest), 4, 8, -(-H // 512) * 512
+    weights = weight_hh.new_empty(shape) if (G, rest, shape[3]) == (4, 0, H) else weight_hh.new_zeros(shape)
+    by_gate, inside = weight_hh.view(G, H, H), weights[:, :G, :, :H]
+    if whole:
+        inside[:whole] = by_gate[:, : 8 * whole].unflatten(1, (whole, 8)).transpose(0, 1)
+    if rest:
+        inside[whole, :, :rest] = by_gate[:, 8 * whole :]
+    return weights.flatten(1, 2)
+
+
+def _transposed(weight_hh, G, H):
+    """[groups of units, 16 (fp32: 8) units, K], a multiple of 512 from 4 · H, by unit, then gate: backward's."""
+    group = 16 if weight_hh.itemsize == 2 else 8
+    shape = -(-H // group) * group, -(-4 * H // 512) * 512
+    weights = weight_hh.new_empty(shape) if (G, *shape) == (4, H, 4 * H) else weight_hh.new_zeros(shape)
+    weights[:H].unflatten(1, (-1, 4))[:, :H, :G] = weight_hh.view(G, H, H).permute(2, 1, 0)
+    return weights.unflatten(0, (-1, group))
+
+
 def cuda(*arguments):
     input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, _, lengths, resets = (
         t if t is None else t.contiguous() for t in arguments[:11]
@@ -198,11 +229,7 @@ def cuda(*arguments):
     state = (c0 if cell == LSTM else h0).to(gates.dtype, copy=True)
     h_n.copy_(h0)
     if T and B:
-        octets, G = -(-H // 8), GATES[cell]
-        weights = weight_hh.new_zeros(octets, 4, 8, -(-H // 512) * 512)
-        by_gate = torch.nn.functional.pad(weight_hh.view(G, H, H), (0, 0, 0, 8 * octets - H))
-        weights[:, :G, :, :H] = by_gate.view(G, octets, 8, H).transpose(0, 1)
-        weights = weights.flatten(1, 2)
+        weights = _by_octets(weight_hh, GATES[cell], H)
         native.cuda(
             "rnn_forward",
             *(_from_input(rows, weight_ih, gates.dtype), weights, bias_ih, bias_hh, h0, lengths, resets, offsets),
@@ -223,10 +250,7 @@ def cuda_backward(*arguments):
     cell, reverse = arguments[17:19]
     (B, H), (T, offsets), lstm = h0.shape, _sequence_in(input, batch_sizes), cell == LSTM
     if T and B:
-        rows, G = 16 if weight_hh.itemsize == 2 else 8, GATES[cell]
-        weights = weight_hh.new_zeros(-(-H // rows) * rows, -(-4 * H // 512) * 512)
-        weights[:H].unflatten(1, (-1, 4))[:, :H, :G] = weight_hh.view(G, H, H).permute(2, 1, 0)
-        weights = weights.unflatten(0, (-1, rows))
+        weights = _transposed(weight_hh, GATES[cell], H)
         native.cuda(
             "rnn_backward",
             *(None if grad_output is None else grad_output.flatten(0, -2), weights, h0, c0, lengths, resets, offsets),

@@ -1,3 +1,4 @@
+import ctypes
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # pytest -n has more threads than cores: none may spin for another
@@ -9,6 +10,7 @@ from cuda_host import build, host
 if host.MODE and build.missing() is None:
     host.load()  # the registry looks for its entries when it is imported
 
+from pykernels import native
 from pykernels.registry import INTERPRET
 
 if INTERPRET:
@@ -21,6 +23,19 @@ if INTERPRET:
     interpreter._LangPatchScope.restore = lambda scope: None
 
 torch.set_num_threads(2)  # how work is split depends on it, and the samples' sizes reach each way with two
+
+
+@pytest.fixture(scope="session", autouse=True)
+def least_work():
+    """The CPU kernels' threshold in nanoseconds, by default and as a variable: here even the least work is shared."""
+    if native.level() is None:
+        yield None
+        return
+    library = next(native.HERE.glob(f"_C_{native.level()}.abi3.*"))
+    variable = ctypes.c_int64.in_dll(ctypes.CDLL(str(library)), "pykernels_least_work")
+    default, variable.value = variable.value, 0
+    yield default, variable
+    variable.value = default
 
 
 @pytest.fixture(autouse=True)

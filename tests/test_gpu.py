@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import multiprocessing
 import pathlib
 import warnings
 
@@ -58,8 +60,29 @@ def toy():
         entered.__exit__(None, None, None)
 
 
+@pytest.fixture
+def hurried(toy):
+    """(toy's arguments, its kernel), which has a Triton and a CUDA backend and would rather have CUDA."""
+    kernel = Counted()
+    arguments = toy(kernel)
+    supports = {"triton": lambda *_: None, "cuda": lambda x, w: "it takes seven columns" if x.size(1) != 7 else None}
+    registry.OPS["toy"] = dataclasses.replace(registry.OPS["toy"], supports=supports, cuda_first=True)
+    return arguments, kernel
+
+
+@pytest.fixture
+def unasked(verifying):
+    """Verdicts are read, and no test is made."""
+    pk.verify_on_first_use(False)
+
+
+def put_on_file(verdict, device="cpu", dtype=torch.float32):
+    first_use._write(first_use._key("toy", CUDA, device, dtype), verdict)
+
+
 def on_file():
-    return [*json.loads(first_use.cache_file().read_text()).values()]
+    files = sorted(first_use.cache_folder().glob("*"))
+    return [verdict for file in files for verdict in json.loads(file.read_text()).values()]
 
 
 def test_a_wrong_kernel_is_not_used_and_that_is_said_once(verifying, toy, monkeypatch):
@@ -96,6 +119,59 @@ def test_a_right_kernel_is_tested_once_per_dtype_compiler_and_source(verifying, 
     assert on_file() == [None] * 3
 
 
+def test_cuda_comes_first_where_it_is_on_file_as_right(unasked, hurried, monkeypatch):
+    (x, w), kernel = hurried
+    put_on_file(None)
+    reads = []
+    read = first_use._read
+    monkeypatch.setattr(first_use, "_read", lambda key: reads.append(key) or read(key))
+    assert [choose("toy", GPU, (x, w)) for _ in range(3)] == [CUDA] * 3
+    assert choose("toy", GPU, (x.half(), w.half())) == TRITON
+    assert choose("toy", GPU, (x[:, 1:], w[1:])) == TRITON
+    assert (len(reads), kernel.calls) == (2, 0)  # one for each dtype, no test
+    registry.OPS["toy"] = dataclasses.replace(registry.OPS["toy"], cuda_first=False)
+    assert choose("toy", GPU, (x, w)) == TRITON
+
+
+def test_cuda_that_is_on_file_as_wrong_is_not_used(unasked, hurried):
+    put_on_file("toy, cuda, failed")
+    with pytest.warns(UserWarning, match="toy, cuda, failed"):
+        assert choose("toy", GPU, hurried[0]) == TRITON
+    assert choose("toy", GPU, hurried[0]) == TRITON
+
+
+def test_cuda_comes_first_once_it_was_tested(unasked, hurried, monkeypatch):
+    """Which was not asked for at first, and then not possible."""
+    arguments, kernel = hurried
+    assert choose("toy", GPU, arguments) == TRITON
+    pk.verify_on_first_use()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert choose("toy", GPU, arguments) == TRITON
+    assert kernel.calls == 0
+    assert choose("toy", GPU, arguments) == CUDA
+    assert kernel.calls > 0
+
+
+def test_each_gpu_has_a_verdict_of_its_own(unasked, hurried, monkeypatch):
+    monkeypatch.setattr(first_use, "architecture", lambda device: f"sm_{90 - 10 * (torch.device(device).index or 0)}")
+    put_on_file(None, "cuda:0")
+    with FakeTensorMode():
+        for gpu, wanted in (("cuda:0", CUDA), ("cuda:1", TRITON), ("cuda:0", CUDA)):
+            inputs = torch.empty(5, 7, device=gpu), torch.empty(7, device=gpu)
+            assert choose("toy", inputs[0].device, inputs) == wanted
+
+
+def test_the_choice_is_a_constant_to_torch_compile(unasked, hurried):
+    put_on_file(None)
+    (x, w), _ = hurried
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w: x * choose("toy", GPU, (x, w)), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, w), x * CUDA)
+    assert torch.equal(compiled(x.half(), w.half()), x.half() * TRITON)
+
+
 def test_it_is_off_unless_asked_for(toy, monkeypatch):
     monkeypatch.setattr(registry, "unavailable", lambda backend, device_type: None)
     kernel = Counted(1.01)
@@ -110,7 +186,7 @@ def test_what_may_not_happen_again_is_not_kept(verifying, toy):
     arguments = toy(crash)
     with pytest.warns(UserWarning, match="MemoryError: none left"):
         assert choose("toy", GPU, arguments) == REFERENCE
-    assert not first_use.cache_file().exists()
+    assert on_file() == []
 
 
 def test_the_callers_modes_and_numbers_are_its_own(verifying, toy):
@@ -130,6 +206,53 @@ def test_it_runs_while_a_call_is_compiled(verifying, monkeypatch):
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs), op.function(**inputs), rtol=0, atol=0)
     assert on_file() == [None]
+
+
+def write_many(start):
+    for n in range(start, start + 40):
+        first_use._write(f"toy {n}", None if n % 2 else f"wrong {n}")
+
+
+def test_processes_that_write_at_once_lose_nothing(verifying):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_many, args=(40 * n,)) for n in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    found = [first_use._read(f"toy {n}") for n in range(160)]
+    assert found == [None if n % 2 else f"wrong {n}" for n in range(160)]
+    assert len(on_file()) == 160
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{", b"\xff", '{"another": null}', '{"KEY": 3}', '"KEY"', ""])
+def test_a_foreign_file_is_no_verdict(content, verifying, toy):
+    arguments = toy(Counted())
+    key = first_use._key("toy", TRITON, "cpu", torch.float32)
+    file = first_use._file(key)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.replace("KEY", key).encode())
+    assert choose("toy", GPU, arguments) == TRITON
+    assert on_file() == [None]
+
+
+def test_a_full_disk_is_no_failure(verifying, toy, monkeypatch):
+    def dump(verdict, file):
+        file.write("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", dump)
+    assert choose("toy", GPU, toy(Counted())) == TRITON
+    assert [*first_use.cache_folder().iterdir()] == []
+
+
+def test_no_home_is_no_failure(verifying, toy, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(pathlib.Path, "home", home)
+    assert choose("toy", GPU, toy(Counted())) == TRITON
 
 
 def test_a_folder_that_cannot_be_written_is_no_failure(verifying, toy, monkeypatch, tmp_path):

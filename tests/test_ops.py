@@ -6,6 +6,8 @@ order of the threads, a new one on every run, and must be the same, to the bit, 
 """
 
 import functools
+import os
+import threading
 import warnings
 
 import pytest
@@ -49,12 +51,21 @@ def over(dtypes=DTYPES, samples=lambda op: op.samples, thin=1):
 
 
 def small(op):
-    """Samples that finite differences can afford: every option, few numbers."""
-    return [s for s in op.samples if size(s) <= (800 if INTERPRET else 6000)][:: 2 if INTERPRET else 1]
+    """Samples that finite differences can afford: every option, few numbers, none that swallows a small difference."""
+    most = 800 if INTERPRET else 6000
+    return [s for s in op.samples if size(s) <= most and largest(s) < 1e5][:: 2 if INTERPRET else 1]
+
+
+def tensors_of(sample):
+    return [t for t in pytree.tree_leaves(sample.make(torch.float32, "cpu")) if isinstance(t, torch.Tensor)]
 
 
 def size(sample):
-    return sum(t.numel() for t in pytree.tree_leaves(sample.make(torch.float32, "cpu")) if isinstance(t, torch.Tensor))
+    return sum(t.numel() for t in tensors_of(sample))
+
+
+def largest(sample):
+    return max((float(t.abs().max()) for t in tensors_of(sample) if t.is_floating_point() and t.numel()), default=0)
 
 
 def holds(results):
@@ -167,6 +178,71 @@ def test_same_bits_from_run_to_run(op, dtype, sample):
         pytest.skip(str(declined))
     for other in others:
         assert all(map(torch.equal, first, other))
+
+
+@over(dtypes=("fp32", "bf16"), samples=lambda op: [s for s in op.samples if s.label == "no steps"])
+@pytest.mark.parametrize("backend", ["reference", BACKEND])
+@pytest.mark.cuda_host
+def test_results_of_no_steps_are_not_the_arguments(op, dtype, sample, backend):
+    """Whoever writes into a result leaves what he passed as it was."""
+    inputs = sample.make(dtype, "cpu")
+    given = float_leaves(inputs)
+    before = [tensor.clone() for tensor in given]
+    with pk.use_backend(backend), torch.no_grad():
+        for result in float_leaves(op.function(**inputs)):
+            result.add_(1)
+    assert all(map(torch.equal, given, before))
+
+
+# Their sums depend on how many parts a sequence is cut into, and that on the threads.
+CUT_BY_THREADS = {"attention", "scaled_dot_product_attention", "varlen_attention", "decode_attention", "wkv4"}
+CUT_BY_THREADS |= {"topk_memory", "product_key_memory"}  # so does the gradient of torch's softmax
+
+
+@over(dtypes=("fp32", "bf16"), samples=lambda op: () if op.name in CUT_BY_THREADS else op.samples[::2])
+@pytest.mark.skipif(INTERPRET, reason="it is about the native kernels' threads")
+def test_same_bits_for_any_number_of_threads(op, dtype, sample):
+    inputs = sample.make(dtype, "cpu")
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        return [value.nan_to_num(1e30) for value in evaluate(op.function, inputs, op.differentiable).values()]
+
+    try:
+        assert all(map(torch.equal, run(1), run(3)))
+    finally:
+        torch.set_num_threads(2)
+
+
+@pytest.mark.skipif(INTERPRET, reason="it is about the native kernels' threads")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the system does not list a process's threads")
+def test_little_work_wakes_no_thread(least_work):
+    default, variable = least_work
+
+    def woken(op):
+        """Threads that a call started. torch's are a pool of each thread that calls: a new one has none."""
+        inputs = op.samples[0].make(torch.float32, "cpu")
+
+        def call():
+            torch.set_num_threads(2)
+            before = {*os.listdir("/proc/self/task")}
+            with torch.no_grad():
+                op.function(**inputs)
+            counts.append(len({*os.listdir("/proc/self/task")} - before))
+
+        counts = []
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        return counts[0]
+
+    ops = [op for op in OPS.values() if not op.name.endswith("_memory")]  # torch's softmax wakes one for two rows
+    assert any(woken(op) for op in ops)
+    variable.value = default
+    try:
+        assert not [op.name for op in ops if woken(op)]
+    finally:
+        variable.value = 0
 
 
 @over(dtypes=("fp32", "bf16"))

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
@@ -198,6 +199,20 @@ def test_parameters_replaced_by_other_tensors_are_used(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
+def test_a_checkpointed_gradient_differentiates(name):
+    """Without re-entering, a saved tensor can be asked for once."""
+    module, input = getattr(pk.nn, MODULES[name])(2, 3, dtype=torch.float64), draw(3, 2, 2).requires_grad_()
+
+    def gradient(input):
+        return torch.autograd.grad(module(input)[0].square().sum(), input, create_graph=True)[0]
+
+    def twice(call):
+        return torch.autograd.grad(call(input).square().sum(), [input, *module.parameters()])
+
+    agree(twice(lambda x: torch.utils.checkpoint.checkpoint(gradient, x, use_reentrant=False)), twice(gradient))
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_module_differentiates_twice(name):
     module = getattr(pk.nn, MODULES[name])(2, 3, num_layers=2, bidirectional=True, dtype=torch.float64)
     values = list(module.parameters())
@@ -224,15 +239,105 @@ def test_module_compiles_whole_once_for_every_length(name):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+SIZES_5 = ((7, 3), (9, 8), (2, 6), (11, 3), (8, 9))  # T, B
+CELLS = {"LSTMCell": "lstm", "GRUCell": "gru", "RNNCell": "rnn"}
+TRACED = [(name, hx) for name in (*GATES, *MODULES.values(), *CELLS) for hx in (False, True)]
+TRACED += [(f"{name}_step", True) for name in GATES]
+
+
+def traced(name, with_state):
+    """(function or module, the arguments of T steps and B sequences, each one's dimensions of T and of B)."""
+    cell, step = name.removesuffix("_step").removesuffix("Cell").lower(), name.endswith(("_step", "Cell"))
+    rows = (1,) if name in MODULES.values() else ()
+    weights = layer(cell, 4, 5, torch.float32)
+    if name[0].isupper():
+        module, weights = getattr(pk.nn, name)(4, 5).eval(), []
+    else:
+        function = getattr(pk, name)
+        module = type("Call", (torch.nn.Module,), {"forward": lambda self, *args: function(*args)})()
+
+    def arguments(T, B):
+        input = draw(*(() if step else (T,)), B, 4, dtype=torch.float32)
+        parts = [draw(*rows, B, 5, dtype=torch.float32) for _ in range(1 + (cell == "lstm"))]
+        return input, (tuple(parts) if cell == "lstm" else parts[0]) if with_state else None, *weights
+
+    def dimensions(T, B):
+        input = {0: B} if step else {0: T, 1: B}
+        one = {len(rows): B}
+        return input, ((one, one) if cell == "lstm" else one) if with_state else None, *[None] * len(weights)
+
+    return module, arguments, dimensions
+
+
 @needs_kernels
+@pytest.mark.parametrize(("name", "with_state"), TRACED)
+@pytest.mark.filterwarnings("ignore")
+def test_one_graph_serves_every_length_and_batch(name, with_state):
+    module, arguments, _ = traced(name, with_state)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for sizes in SIZES_5:
+            given = arguments(*sizes)
+            agree(tensors(compiled(*given)), tensors(module(*given)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@needs_kernels
+@pytest.mark.parametrize(("name", "with_state"), TRACED)
+@pytest.mark.filterwarnings("ignore")
+def test_export_with_dynamic_length_and_batch(name, with_state):
+    module, arguments, dimensions = traced(name, with_state)
+    T, B = torch.export.Dim("T", min=2, max=512), torch.export.Dim("B", min=2, max=64)
+    given = arguments(6, 3)
+    shapes = dimensions(T, B)
+    program = torch.export.export(module, given, dynamic_shapes=(shapes,) if "_" in name or name in GATES else shapes)
+    for sizes in SIZES_5[:2]:
+        given = arguments(*sizes)
+        agree(tensors(program.module()(*given)), tensors(module(*given)))
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore")
+def test_packed_input_compiles_whole_with_state_and_without():
+    weights = layer("lstm", 4, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(pk.lstm, fullgraph=True, dynamic=True, backend="aot_eager")
+    for sizes in ([3, 2], [5, 4, 1], [2, 2]):
+        input, options = draw(sum(sizes), 4), dict(batch_sizes=torch.tensor(sizes))
+        for hx in (None, state("lstm", sizes[0], 6)):
+            want = pk.lstm(input, hx, *weights, **options)
+            agree(tensors(compiled(input, hx, *weights, **options)), tensors(want))
+
+
+class Packing(torch.nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.layer = getattr(pk.nn, MODULES[name])(4, 5)
+
+    def forward(self, input, lengths):
+        return self.layer(pack_padded_sequence(input, lengths, enforce_sorted=False))[0].data
+
+
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.filterwarnings("ignore")
-def test_module_exports_with_dynamic_length(name):
-    module = getattr(pk.nn, MODULES[name])(4, 5, num_layers=2, bidirectional=True, batch_first=True).eval()
-    T = torch.export.Dim("T", min=2, max=512)
-    program = torch.export.export(module, (draw(3, 6, 4, dtype=torch.float32),), dynamic_shapes=({1: T},))
-    input = draw(3, 11, 4, dtype=torch.float32)
-    agree(tensors(program.module()(input)), tensors(module(input)))
+def test_export_of_a_module_that_packs_says_what_to_do(name):
+    with pytest.raises(RuntimeError, match=r"torch.export makes up .* lengths to pykernels.lstm"):
+        torch.export.export(Packing(name), (torch.zeros(6, 3, 4), torch.tensor([3, 6, 2])))
+
+
+@pytest.mark.parametrize("name", [*MODULES.values(), *CELLS])
+def test_modules_on_the_meta_device(name):
+    input, module = draw(5, 4, dtype=torch.float32), getattr(pk.nn, name)(4, 6)
+    want = [t.shape for t in tensors(module(input))]
+    with torch.device("meta"):
+        agree(tensors(module(input)), tensors(module(input)), rtol=0, atol=0)  # CPU tensors stay there
+        default = getattr(pk.nn, name)(4, 6)
+    for on_meta in (default, getattr(pk.nn, name)(4, 6, device="meta")):
+        got = tensors(on_meta(input.to("meta")))
+        assert [t.shape for t in got] == want
+        assert all(t.is_meta for t in got)
 
 
 @pytest.mark.parametrize("name", [*MODULES, "LSTMCell", "GRUCell", "RNNCell"])
@@ -433,6 +538,61 @@ def test_any_combination_of_options(data):
     assert all(result.ok for result in results), "\n".join(str(r) for r in results if not r.ok)
 
 
+# ------------------------------------------------------------------------------------------------ torch.func
+
+
+OPTIONS = {"lengths": torch.tensor([[4, 0, 2], [1, 2, 3]]), "resets": torch.tensor([True, False, False, True] * 6)}
+
+
+@needs_kernels
+@pytest.mark.parametrize("option", [None, *OPTIONS])
+@pytest.mark.parametrize("name", GATES)
+def test_vmap_of_anything_is_a_loop(name, option):
+    """Over input, state, options, and the weights of an ensemble; of gradients too."""
+    batches = [draw(2, 4, 3, 4).requires_grad_()]
+    batches += [torch.stack([w, 0.5 * w]) for w in layer(name, 4, 6)]
+    batches += tensors(pytree.tree_map(lambda s: torch.stack([s, -s]), state(name, 3, 6)))
+    options = [] if option is None else [OPTIONS[option].view(2, *((3,) if option == "lengths" else (4, 3)))]
+
+    def loss(input, *rest):
+        hx = tuple(rest[4:6]) if name == "lstm" else rest[4]
+        more = {option: rest[-1]} if option else {}
+        return sum(t.square().sum() for t in tensors(getattr(pk, name)(input, hx, *rest[:4], **more)))
+
+    for function in (loss, torch.func.grad(loss, (0, 1, 2))):
+        got = torch.func.vmap(function)(*batches, *options)
+        want = [function(*(t[i] for t in (*batches, *options))) for i in range(2)]
+        agree(tensors(got), [torch.stack(pair) for pair in zip(*map(tensors, want))])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_gradients_of_each_example_of_a_module(name):
+    module = getattr(pk.nn, MODULES[name])(4, 5, num_layers=2, bidirectional=True, dtype=torch.float64)
+    parameters, inputs = dict(module.named_parameters()), draw(2, 6, 3, 4)
+
+    def loss(parameters, input):
+        return sum(t.square().sum() for t in tensors(torch.func.functional_call(module, parameters, input)))
+
+    got = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, inputs)
+    for key, value in got.items():
+        want = [torch.autograd.grad(loss(parameters, input), parameters[key])[0] for input in inputs]
+        torch.testing.assert_close(value, torch.stack(want))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_checks_speak_for_themselves_under_transforms(name):
+    weights, input = layer(name, 4, 6), draw(5, 3, 4)
+
+    def loss(input, lengths):
+        return getattr(pk, name)(input, None, *weights, lengths=lengths)[0].sum()
+
+    for lengths, kind in ((torch.tensor([9, 0, 2]), ValueError), (torch.zeros(3), TypeError)):
+        with pytest.raises(kind, match="lengths: expected"):
+            torch.func.grad(functools.partial(loss, lengths=lengths))(input)
+    with pytest.raises(ValueError, match=r"input: expected rank 3 \[T, B, I\], got \[3, 4\]"):
+        torch.func.vmap(lambda x: getattr(pk, name)(x, None, *weights))(input)
+
+
 # ------------------------------------------------------------------------------------------------ edges
 
 
@@ -521,12 +681,18 @@ def test_forward_mode_is_refused(name):
 X, S, W, U, V, R = (torch.zeros(s) for s in ((5, 3, 4), (3, 6), (24, 4), (24, 6), (24,), (2, 6)))
 HX = (S, S)
 SIZES = torch.tensor([3, 2])
+NESTED = torch.nested.nested_tensor([torch.zeros(2, 6), torch.zeros(3, 6)], layout=torch.jagged)
 ERRORS = [
     (lambda: pk.lstm([1], HX, W, U), TypeError, "input: expected a tensor"),
     (lambda: pk.lstm(X[0], HX, W, U), ValueError, r"input: expected rank 3 \[T, B, I\], got \[3, 4\]"),
     (lambda: pk.lstm(X.long(), HX, W, U), TypeError, "input: expected torch.float64 or .*got torch.int64"),
     (lambda: pk.lstm(X, S, W, U), TypeError, r"hx: expected a tuple \(h, c\), got torch.float32"),
     (lambda: pk.lstm(X, (S,), W, U), ValueError, r"hx: expected two tensors \(h, c\)"),
+    (lambda: pk.lstm(X, (None, S), W, U), TypeError, r"hx\[0\]: expected a tensor \[3, 6\], got NoneType"),
+    (lambda: pk.lstm(X, (S, NESTED), W, U), TypeError, r"hx\[1\]: expected a dense tensor \[3, 6\], got a nested one"),
+    (lambda: pk.lstm(NESTED, None, W, U), TypeError, "input: expected a dense tensor .*got a nested one"),
+    (lambda: pk.lstm(X, HX, W.to_sparse(), U), TypeError, "weight_ih: expected a dense tensor .*got a sparse_coo one"),
+    (lambda: pk.lstm(X, None, W, U, lengths=NESTED), TypeError, "lengths: expected a dense tensor .*got a nested one"),
     (lambda: pk.lstm(X, (S, S[:2]), W, U), ValueError, r"hx\[1\]: expected \[3, 6\] .*got \[2, 6\]"),
     (lambda: pk.lstm(X, (S[:2], S), W, U), ValueError, r"hx\[0\]: expected \[3, 6\] .*got \[2, 6\]"),
     (lambda: pk.lstm(X, (S.half(), S), W, U), TypeError, r"hx\[0\]: expected input's dtype .*got torch.float16"),
@@ -560,6 +726,11 @@ ERRORS = [
         ValueError,
         "batch_sizes: expected no lengths and no resets",
     ),
+    (
+        lambda: pk.lstm(X[:, 0].to("meta"), None, W.to("meta"), U.to("meta"), batch_sizes=SIZES.to("meta")),
+        ValueError,
+        "hx: expected the state",
+    ),
     (lambda: pk.lstm_step(X, HX, W, U), ValueError, r"input: expected rank 2 \[B, I\], got \[5, 3, 4\]"),
     (lambda: pk.gru(X, HX, W[:18], U[:18]), TypeError, "hx: expected a tensor .*got tuple"),
     (lambda: pk.gru(X, S, W, U), ValueError, r"weight_hh: expected \[24, 8\].*got \[24, 6\]"),
@@ -572,6 +743,10 @@ ERRORS = [
     (lambda: pk.nn.RNN(4, 6, nonlinearity="elu"), ValueError, "nonlinearity: expected 'tanh' or 'relu', got 'elu'"),
     (lambda: pk.nn.LSTM(4, 6)([1]), TypeError, "input: expected a tensor or a PackedSequence, got list"),
     (lambda: pk.nn.LSTM(4, 6)(X, S), TypeError, r"hx: expected a tuple \(h, c\)"),
+    (lambda: pk.nn.LSTM(4, 6)(NESTED), TypeError, "input: expected a dense tensor, got a nested one"),
+    (lambda: pk.nn.LSTM(4, 6)(X, (S, NESTED)), TypeError, r"hx\[1\]: expected a dense tensor, got a nested one"),
+    (lambda: pk.nn.GRUCell(4, 6)(NESTED), TypeError, "input: expected a dense tensor, got a nested one"),
+    (lambda: pk.nn.LSTMCell(4, 6)(X[0], S), TypeError, r"hx: expected a tuple \(h, c\)"),
     (lambda: pk.nn.GRU(4, 6)(X, HX), TypeError, "hx: expected a tensor, got tuple"),
 ]
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from cuda_host import build, host
 
-from pykernels import rnn_gpu
+import pykernels as pk
+from pykernels import first_use, registry, rnn_gpu
 from pykernels.check import compare, compare_sample
 from pykernels.ops import rnn
-from pykernels.registry import OPS, Sample
+from pykernels.registry import CUDA, OPS, TRITON, Sample, choose
 
 REASON = build.missing() if host.MODE else "the CUDA kernels run on the CPU by tests/cuda_host/run.py"
 
@@ -23,7 +24,7 @@ def become():
 
     def become(multiprocessors, capability):
         host.load().cuda_host_device(multiprocessors, capability)
-        rnn_gpu._fits.cache_clear()
+        rnn_gpu._measured.cache_clear()
 
     yield become
     become(8, 90)
@@ -65,3 +66,37 @@ def test_widest(become):
     """What only forward has room for: 8 k-blocks a warp."""
     become(132, 80)
     holds(compare(OPS["gru"], rnn._layer(GATES["gru"], 2, 3, 3, 1030)(torch.bfloat16, "cpu"), "cuda", backward=False))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_they_come_first_once_they_passed_their_test(name, monkeypatch, tmp_path):
+    """But for what they do not take."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(registry, "unavailable", lambda backend, device: None)
+    monkeypatch.setattr(first_use, "_verdicts", {})
+    asked = []
+
+    def arguments(*sizes, **options):
+        inputs = rnn._layer(GATES[name], *sizes, **options)(torch.float32, "cpu")
+        OPS[name].body(lambda *args: asked.append(args) or OPS[name].kernel(*args, CUDA), **inputs)
+        return asked[-1]
+
+    taken, wide = arguments(5, 3, 4, 6), arguments(0, 3, 4, 4000)
+    gpu = torch.device("cuda", 0)
+    assert choose(name, gpu, taken) == TRITON
+    monkeypatch.setattr(registry, "verify", first_use.failure)
+    assert choose(name, gpu, taken) == CUDA
+    monkeypatch.setattr(registry, "verify", None)
+    assert choose(name, gpu, taken) == CUDA
+    assert choose(name, gpu, wide) == TRITON
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_whole():
+    """With what the device has room for as a constant."""
+    inputs = rnn._layer(4, 5, 3, 4, 6)(torch.float32, "cpu")
+    torch._dynamo.reset()
+    with pk.use_backend("cuda"):
+        compiled = torch.compile(pk.lstm, fullgraph=True, backend="aot_eager")
+        got, want = compiled(**inputs), pk.lstm(**inputs)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)

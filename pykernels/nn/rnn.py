@@ -12,8 +12,31 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..checks import can_read, expect, expect_type
 from ..ops import rnn as ops
+from ..registry import is_autocast_on
 
 State = Tensor | tuple[Tensor, Tensor]
+
+
+def _expect_dense(value, name: str) -> None:
+    """A tensor whose dim() can be asked for: whatever else is wrong with it is found later, in torch's words."""
+    expect_type(isinstance(value, Tensor), name, "a tensor", value)
+    if value.is_nested or value.layout is not torch.strided:
+        kind = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
+
+
+def _parts(hx, pair: bool) -> tuple[Tensor, ...]:
+    """(h, c) of an LSTM, else (h,)."""
+    if not pair:
+        _expect_dense(hx, "hx")
+        return (hx,)
+    expect_type(isinstance(hx, tuple | list), "hx", "a tuple (h, c)", hx)
+    if len(hx) != 2:
+        count = len(hx)
+        expect(False, "hx", "two tensors (h, c)", count)
+    _expect_dense(hx[0], "hx[0]")
+    _expect_dense(hx[1], "hx[1]")
+    return tuple(hx)
 
 
 class _Layers(torch.nn.RNNBase):
@@ -25,14 +48,20 @@ class _Layers(torch.nn.RNNBase):
         batch_sizes = sorted_indices = unsorted_indices = None
         if packed:
             input, batch_sizes, sorted_indices, unsorted_indices = input
-        elif input.dim() == 2:
+            if batch_sizes.dtype != torch.int64:
+                raise RuntimeError(
+                    f"{type(self).__name__}: torch.export makes up what pack_padded_sequence returns: pack outside of "
+                    "what is exported, or give lengths to pykernels.lstm, gru or rnn"
+                )
+        _expect_dense(input, "input")
+        if not packed and input.dim() == 2:
             batched, input = False, input.unsqueeze(1)
-        elif input.dim() != 3:
+        elif not packed and input.dim() != 3:
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        elif self.batch_first:
+        elif self.batch_first and not packed:
             input = input.transpose(0, 1)
         dtype = self.weight_ih_l0.dtype  # check_input, whose errors these are, may look at a parameter since replaced
-        if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
+        if input.dtype != dtype and not is_autocast_on(input.device.type):
             raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype})")
         if (got := input.size(-1)) != self.input_size:
             raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {got}")
@@ -67,12 +96,7 @@ class _Layers(torch.nn.RNNBase):
 
     def _check_state(self, hx, input, batch_sizes, batched) -> tuple[Tensor, ...]:
         """(h, c) or (h,), of the shapes and with the errors of torch's check_hidden_size."""
-        if self.mode == "LSTM":
-            expect_type(isinstance(hx, tuple | list), "hx", "a tuple (h, c)", hx)
-            expect(len(hx) == 2, "hx", "two tensors (h, c)", hx)
-        else:
-            expect_type(isinstance(hx, Tensor), "hx", "a tensor", hx)
-            hx = (hx,)
+        hx = _parts(hx, self.mode == "LSTM")
         kind, rank = ("batched", 3) if batched else ("unbatched", 2)
         if any(s.dim() != rank for s in hx):
             got = ", ".join(f"{s.dim()}-D" for s in hx)
@@ -85,7 +109,7 @@ class _Layers(torch.nn.RNNBase):
             if s.shape != expected:
                 name = f"hidden[{i}]" if self.mode == "LSTM" else "hidden"
                 raise RuntimeError(f"Expected {name} size {expected}, got {list(s.shape)}")
-        return tuple(hx)
+        return hx
 
 
 def _join(outputs: list[Tensor], dropout: float = 0.0) -> Tensor:
@@ -101,7 +125,9 @@ class LSTM(_Layers):
     unbatched, or a PackedSequence), hx is (h_0, c_0) or None, returns (output, (h_n, c_n)).
 
     Differences: it compiles without a graph break, can be differentiated twice, and is not an instance of
-    torch.nn.LSTM (of torch.nn.RNNBase it is).
+    torch.nn.LSTM (of torch.nn.RNNBase it is). torch.export cannot trace pack_padded_sequence, so a module that packs
+    within itself is exported with `pykernels.lstm` and lengths. Of packed input without hx the batch size is data:
+    torch.compile traces that with fullgraph=True, and breaks its graph there without.
     """
 
     def __init__(
@@ -159,15 +185,17 @@ class _Cell:
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         pair = isinstance(self, torch.nn.LSTMCell)
+        _expect_dense(input, "input")
         if hx is None:
             zeros = input.new_zeros(*input.shape[:-1], self.hidden_size)
             hx = (zeros, zeros) if pair else zeros
-        for name, value in (("input", input), *(zip(("hx[0]", "hx[1]"), hx) if pair else (("hidden", hx),))):
+        parts = _parts(hx, pair)
+        for name, value in zip(("input", *(("hx[0]", "hx[1]") if pair else ("hidden",))), (input, *parts)):
             if value.dim() not in (1, 2):
                 raise ValueError(f"{type(self).__name__}: Expected {name} to be 1D or 2D, got {value.dim()}D instead")
         if input.dim() == 2:
             return self._step(input, hx)
-        state = self._step(input.unsqueeze(0), tuple(s.unsqueeze(0) for s in hx) if pair else hx.unsqueeze(0))
+        state = self._step(input.unsqueeze(0), tuple(s.unsqueeze(0) for s in parts) if pair else hx.unsqueeze(0))
         return tuple(s.squeeze(0) for s in state) if pair else state.squeeze(0)
 
 

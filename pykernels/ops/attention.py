@@ -18,14 +18,25 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import can_read, expect, expect_alike, expect_device, expect_tensor, expect_type
+from ..checks import (
+    can_read,
+    expect,
+    expect_alike,
+    expect_device,
+    expect_dtype,
+    expect_integer,
+    expect_lengths,
+    expect_number,
+    expect_shape,
+    expect_tensor,
+    expect_type,
+)
 from ..registry import (
     FLOATS,
     INTERPRET,
     Sample,
     Workload,
     autocast,
-    refuse_forward_mode,
     register,
     second_order,
     torch_op,
@@ -33,8 +44,12 @@ from ..registry import (
 )
 
 UNBOUNDED = -1  # a window's side without a limit
-INTEGERS = (torch.int32, torch.int64)
+FLOATING = (torch.float64, *FLOATS)
 MAX_HEAD_DIM = 256
+DENSE = ("[B, H, N, D]", "[B, Hk, M, D]", "[B, Hk, M, Dv]")
+PACKED = ("[total_q, H, D]", "[total_k, Hk, D]", "[total_k, Hk, Dv]")
+CACHE = ("[B, H, n, D]", "[B, Hk, S, D]", "[B, Hk, S, Dv]")
+PAGES = ("[B, H, n, D]", "[P, Hk, page, D]", "[P, Hk, page, Dv]")
 
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -62,24 +77,30 @@ def reference(
     if block_table is not None:
         key, value = (t[block_table.clamp(0, len(t) - 1)].transpose(1, 2).flatten(2, 3) for t in (key, value))
     N, M, groups = query.size(2), key.size(2), query.size(1) // max(key.size(1), 1)
-    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    scores = scale * query @ key.mT  # [B, H, N, M]
-    if softcap:
-        scores = softcap * (scores / softcap).tanh()
-
     position, column = (torch.arange(n, device=query.device) for n in (N, M))
     allowed = torch.ones((), dtype=torch.bool, device=query.device)
+    # Rows that no sequence owns may hold NaN, and 0 · NaN is NaN: they are zeroed before anything is multiplied.
+    owned = allowed  # queries, [N] or []
     if cu_seqlens_q is not None:
         of_row, position, length_q = _locate(position, cu_seqlens_q)
         of_column, column, length_k = _locate(column, cu_seqlens_k)
         position = position + (length_k - length_q)[of_row]
-        allowed = (of_row[:, None] == of_column) & (of_row < len(cu_seqlens_q) - 1)[:, None]
+        owned, valid = (sequence < len(cu_seqlens_q) - 1 for sequence in (of_row, of_column))
+        allowed = (of_row[:, None] == of_column) & owned[:, None]
+        query, key, value = (_zero_rows(t, own) for t, own in ((query, owned), (key, valid), (value, valid)))
     elif align_lengths:
         position = position + (key_lengths.clamp(0, M) - N)[:, None, None]
     else:
         position = position + (M - N)
     if key_lengths is not None:
-        allowed = allowed & (column < key_lengths[:, None, None, None])
+        valid = column < key_lengths[:, None, None]  # [B, 1, M]
+        allowed = allowed & valid[..., None, :]
+        key, value = _zero_rows(key, valid), _zero_rows(value, valid)
+
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = scale * query @ key.mT  # [B, H, N, M]
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     distance = position[..., None] - column
     if window_left >= 0:
         allowed = allowed & (distance <= window_left)
@@ -95,12 +116,18 @@ def reference(
 
     empty = (scores == -math.inf).all(-1, keepdim=True)  # such a row is kept away from the softmax: its gradient is NaN
     scores = scores.masked_fill(empty, 0)
-    lse = scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
+    # Less the maximum, which a sum of huge scores would round to: its gradient, e^(S − lse), would not add up to 1.
+    top = scores.detach().amax(-1, keepdim=True) if M else torch.zeros_like(empty, dtype=scores.dtype)
+    lse = ((scores - top).logsumexp(-1) + top[..., 0]).masked_fill(empty[..., 0], -math.inf)
     weights = scores.softmax(-1).masked_fill(empty, 0)
     if dropout_p:
         keep = dropout_keep(seed, dropout_p, weights.shape)
         weights = torch.where(keep, weights / (1 - dropout_p), 0)
-    return weights.to(value.dtype) @ value, lse.to(_statistics_dtype(query))
+    return _zero_rows(weights.to(value.dtype) @ value, owned), lse.to(_statistics_dtype(query))
+
+
+def _zero_rows(t: Tensor, keep: Tensor) -> Tensor:
+    return torch.where(keep[..., None], t, 0)
 
 
 def _locate(index: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,7 +251,7 @@ def _triton_backward(*arguments):
     kernels.backward(
         *arguments[:-3],
         *(*grads, grad_bias if needs_bias else None, slopes_by_row),
-        scratch=lse.new_empty(2, *lse.shape),
+        scratch=lse.new_empty(3, *lse.shape),
     )
     if needs_slopes:
         grad_slopes = slopes_by_row.sum(-1).sum_to_size(grad_slopes.shape)
@@ -232,7 +259,7 @@ def _triton_backward(*arguments):
 
 
 _TENSORS = """Tensor? bias, Tensor? alibi_slopes, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"""
-_WINDOW = """int window_left, int window_right"""
+_WINDOW = """SymInt window_left, SymInt window_right"""
 _SCALARS = """float scale, float softcap, float dropout_p"""
 
 _attention_backward_op = torch_op(
@@ -255,7 +282,17 @@ _attention_op = torch_op(
 )
 
 
-_SUPPORTS = {"cpu": lambda *arguments: None, "triton": triton_declines}
+def _head_declines(query, key, value, *_) -> str | None:
+    """`supports` of every kernel: the reference takes what scaled_dot_product_attention may ask for beyond."""
+    if 1 <= query.size(-1) <= MAX_HEAD_DIM and 1 <= value.size(-1) <= MAX_HEAD_DIM:
+        return None
+    return f"it takes head dimensions from 1 to {MAX_HEAD_DIM}"
+
+
+_SUPPORTS = {
+    "cpu": _head_declines,
+    "triton": lambda *arguments: _head_declines(*arguments) or triton_declines(*arguments),
+}
 
 
 # ------------------------------------------------------------------------------------------------ public functions
@@ -287,7 +324,8 @@ def _attention(
             to the scaled (and capped) scores; differentiable; -inf masks.
         causal: query i sees keys j ≤ i + M − N, aligned to the bottom right.
         window: (left, right): query i sees keys from i + M − N − left to i + M − N + right; None or -1 is unbounded.
-        scale: multiplies query·key; D^-0.5 unless given.
+        scale: multiplies query·key; D^-0.5 unless given. As softcap and dropout_p a number, numpy's too: torch.compile
+            compiles once for each of its values, and once for all lengths.
         softcap: scores become softcap · tanh(scores / softcap), before bias; None or 0 is off (Gemma 2, 2408.00118).
         alibi_slopes: [H] or [B, H]: slope · |i + M − N − j| is taken off the scores (ALiBi, 2108.12409);
             differentiable.
@@ -302,32 +340,32 @@ def _attention(
         key has output 0, lse -inf and zero gradients.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or value other than the above, before anything is computed.
+        ValueError, TypeError: a shape, dtype, device or value other than the above, before anything is computed; a
+            number that is a tensor, whose gradient would be lost.
 
     Differences from F.scaled_dot_product_attention: causal is aligned to the last key, masked rows are 0, and bias
     gradients, windows, softcap, ALiBi and lse exist. Source: FlashAttention-2, arXiv 2307.08691.
     """
     query, key, value = autocast(query, key, value)
-    _check_qkv(query, key, value, "[B, H, N, D]", "[B, Hk, M, D]")
-    B, H, N, _ = query.shape
+    _check_qkv(query, key, value, DENSE)
+    B, H, N, D = query.shape
     M = key.size(2)
+    expect(key.size(0) == B, "key", "batch {B} to match query's", key, B=B)
     if bias is not None:
         bias = _check_bias(bias, "bias", query, (B, H, N, M))
     if alibi_slopes is not None:
-        expect_tensor(alibi_slopes, "alibi_slopes", "[B, H]" if alibi_slopes.dim() == 2 else "[H]")
+        _check_dense(alibi_slopes, "alibi_slopes", "[H] or [B, H]")
         expect_type(alibi_slopes.is_floating_point(), "alibi_slopes", "a floating dtype", alibi_slopes)
         expect_device(alibi_slopes, "alibi_slopes", query, "query")
-        expect(alibi_slopes.shape in ((H,), (B, H)), "alibi_slopes", f"[{H}] or [{B}, {H}]", alibi_slopes)
-        alibi_slopes = alibi_slopes.view(-1, H).to(_statistics_dtype(query))
+        expect(alibi_slopes.shape in ((H,), (B, H)), "alibi_slopes", "[{H}] or [{B}, {H}]", alibi_slopes, B=B, H=H)
+        alibi_slopes = alibi_slopes.reshape(-1, H).to(_statistics_dtype(query))
     if key_lengths is not None:
         key_lengths = _check_lengths(key_lengths, "key_lengths", query, B, M)
-    expect(0 <= dropout_p < 1, "dropout_p", "a probability in [0, 1)", dropout_p)
-    # Drawn as a tensor: tracing and graph capture stay whole.
-    seed = torch.randint(2**63 - 1, (), device=query.device) if dropout_p else None
+    dropout_p = expect_number(dropout_p, "dropout_p", 0, 1)
     window_left, window_right = _check_window(window, causal)
     out, lse = run(
-        *(query, key, value, bias, alibi_slopes, key_lengths, None, None, None, seed, window_left, window_right),
-        *(False, _check_scale(scale, query), _check_softcap(softcap), float(dropout_p)),
+        *(query, key, value, bias, alibi_slopes, key_lengths, None, None, None, _draw_seed(dropout_p, query)),
+        *(window_left, window_right, False, _check_scale(scale, D), _check_softcap(softcap), float(dropout_p)),
     )
     return (out, lse) if return_lse else out
 
@@ -347,44 +385,48 @@ def _scaled_dot_product_attention(
     """Drop-in for torch.nn.functional.scaled_dot_product_attention.
 
     Args:
-        query: [B, H, N, D], or [H, N, D].
-        key, value: [B, Hk, M, D] and [B, Hk, M, Dv]; Hk is H, or divides it with enable_gqa.
-        attn_mask: broadcastable to [B, H, N, M], bool (True is attended to) or float (added to the scores).
-        dropout_p: probability in [0, 1) with which a weight is dropped.
+        query: [..., H, N, D]: any number of batch dimensions, or none; without heads [N, D]. fp32, bf16, fp16, fp64.
+        key, value: [..., Hk, M, D] and [..., Hk, M, Dv]; the leading dimensions of all three broadcast. With enable_gqa
+            Hk divides H instead.
+        attn_mask: broadcastable to [..., H, N, M], bool (True is attended to) or float, in the query's dtype or fp32
+            (added to the scores).
+        dropout_p: probability from 0 to 1 with which a weight is dropped.
         is_causal: query i sees keys j ≤ i: aligned to the top left, as in torch. Not together with attn_mask.
-        scale: D^-0.5 unless given.
+        scale: a number; D^-0.5 unless given.
         enable_gqa: let key and value have fewer heads than query.
 
     Returns:
-        [B, H, N, Dv], or [H, N, Dv].
+        [..., H, N, Dv].
 
     Raises:
-        ValueError, TypeError: as `attention`; attn_mask together with is_causal; Hk ≠ H without enable_gqa.
+        ValueError, TypeError: a shape, dtype, device or value other than the above; attn_mask together with is_causal;
+            leading dimensions that do not broadcast; a scale or dropout_p that is a tensor, whose gradient would be
+            lost; sparse and nested tensors.
 
-    The same function as torch's, except that a fully masked row is 0, that the random stream of dropout is ours, and
-    that dropout_p = 1 is refused.
+    The same function as torch's, except that a fully masked row is 0 and that the random stream of dropout is ours.
+    Head dimensions of 0 or above 256, which no kernel takes, go through the reference.
     """
-    expect_type(isinstance(query, Tensor), "query", "a tensor [B, H, N, D] or [H, N, D]", query)
-    expect(query.dim() in (3, 4), "query", "rank 4 [B, H, N, D] or rank 3 [H, N, D]", query)
+    query, key, value = autocast(query, key, value)
     expect(attn_mask is None or not is_causal, "attn_mask", "None together with is_causal=True", attn_mask)
-    if query.dim() == 3:
-        for t, name in ((key, "key"), (value, "value")):
-            expect_tensor(t, name, "[Hk, M, D]")
-        tensors = (query[None], key[None], value[None])
-        return _scaled_dot_product_attention(
-            run, *tensors, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )[0]
-    expect_tensor(key, "key", "[B, Hk, M, D]")
-    same_heads = key.size(1) == query.size(1)
-    expect(enable_gqa or same_heads, "key", f"query's {query.size(1)} heads, or enable_gqa=True", key)
-    N, M = query.size(2), key.size(2)
-    options = dict(bias=attn_mask, scale=scale, dropout_p=dropout_p)
-    if not is_causal or N == M:
-        return _attention(run, query, key, value, causal=is_causal, **options)
-    # Top-left alignment: keys past the last query are never seen; queries past the last key see every key.
-    square = min(N, M)
-    top = _attention(run, query[:, :, :square], key[:, :, :square], value[:, :, :square], causal=True, **options)
-    return top if square == N else torch.cat([top, _attention(run, query[:, :, square:], key, value, **options)], 2)
+    dropout_p = expect_number(dropout_p, "dropout_p", 0)
+    expect(dropout_p <= 1, "dropout_p", "a probability from 0 to 1", dropout_p)
+    lead = _check_leading(query, key, value, enable_gqa)
+    N, M, D = query.size(-2), key.size(-2), query.size(-1)
+    if attn_mask is not None:
+        attn_mask = _check_bias(attn_mask, "attn_mask", query, (*lead, N, M))
+    query, key, value, attn_mask = _fold(query, key, value, attn_mask, lead)
+    window_right = UNBOUNDED
+    if is_causal:  # windows count from the bottom right: of the keys that any query sees, i + N − M there is i here
+        if M > N:
+            key, value = key[:, :, :N], value[:, :, :N]
+        window_right = N - key.size(2)
+    if dropout_p == 1:  # nothing is kept, of outputs and of gradients
+        value, dropout_p = 0 * value, 0.0
+    out, _ = run(
+        *(query, key, value, attn_mask, None, None, None, None, None, _draw_seed(dropout_p, query)),
+        *(UNBOUNDED, window_right, False, _check_scale(scale, D), 0.0, float(dropout_p)),
+    )
+    return out if len(lead) == 2 else out.reshape(*lead, N, out.size(-1))
 
 
 def _varlen_attention(
@@ -418,23 +460,20 @@ def _varlen_attention(
         ValueError, TypeError: as `attention`; offsets that do not begin with 0, descend or pass the total.
     """
     query, key, value = autocast(query, key, value)
-    for t, name, layout in ((query, "query", "[total_q, H, D]"), (key, "key", "[total_k, Hk, D]")):
-        expect_tensor(t, name, layout)
-    expect_tensor(value, "value", "[total_k, Hk, Dv]")
+    _check_qkv(query, key, value, PACKED)
+    fits = cu_seqlens_k is not None or key.size(0) == query.size(0)
+    expect(fits, "cu_seqlens_k", "offsets, since query and key differ in length", cu_seqlens_k)
+    cu_seqlens_q = _check_offsets(cu_seqlens_q, "cu_seqlens_q", query, query.size(0))
     if cu_seqlens_k is None:
-        cu_seqlens_k, rows_k, name_k = cu_seqlens_q, query.size(0), "cu_seqlens_q"
-        expect(key.size(0) == rows_k, "cu_seqlens_k", "offsets, since query and key differ in length", cu_seqlens_k)
+        cu_seqlens_k = cu_seqlens_q
     else:
-        name_k = "cu_seqlens_k"
-    cu_seqlens_q = _check_offsets(cu_seqlens_q, "cu_seqlens_q", query)
-    cu_seqlens_k = _check_offsets(cu_seqlens_k, name_k, key)
-    expect(cu_seqlens_k.shape == cu_seqlens_q.shape, name_k, f"{list(cu_seqlens_q.shape)}", cu_seqlens_k)
+        cu_seqlens_k = _check_offsets(cu_seqlens_k, "cu_seqlens_k", query, key.size(0))
+        expect_shape(cu_seqlens_k, "cu_seqlens_k", cu_seqlens_q.shape, "cu_seqlens_q")
     query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
-    _check_qkv(query, key, value, "[1, H, total_q, D]", "[1, Hk, total_k, D]")
     window_left, window_right = _check_window(window, causal)
     out, lse = run(
         *(query, key, value, None, None, None, cu_seqlens_q, cu_seqlens_k, None, None, window_left, window_right),
-        *(False, _check_scale(scale, query), _check_softcap(softcap), 0.0),
+        *(False, _check_scale(scale, query.size(-1)), _check_softcap(softcap), 0.0),
     )
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
@@ -472,25 +511,28 @@ def _decode_attention(
         NotImplementedError: when a gradient is asked of the result.
     """
     query, key_cache, value_cache = autocast(query, key_cache, value_cache)
-    layout = "[B, Hk, S, D]" if block_table is None else "[P, Hk, page, D]"
-    _check_qkv(query, key_cache, value_cache, "[B, H, n, D]", layout, ("key_cache", "value_cache"), block_table is None)
+    paged = block_table is not None
+    _check_qkv(query, key_cache, value_cache, PAGES if paged else CACHE, "key_cache", "value_cache")
     B, S = query.size(0), key_cache.size(2)
-    if block_table is not None:
-        expect_tensor(block_table, "block_table", "[B, pages]", INTEGERS)
-        expect_device(block_table, "block_table", query, "query")
-        expect(block_table.size(0) == B, "block_table", f"[{B}, pages] to match query's batch", block_table)
+    if not paged:
+        expect(key_cache.size(0) == B, "key_cache", "batch {B} to match query's", key_cache, B=B)
+    else:
+        expect_lengths(block_table, "block_table", "[B, pages]", query, "query")
+        expect(block_table.size(0) == B, "block_table", "[{B}, pages] to match query's batch", block_table, B=B)
         block_table, page, S = block_table.long(), S, S * block_table.size(1)
         expect(key_cache.size(0) > 0 or S == 0, "key_cache", "at least one page", key_cache)
     cache_lengths = _check_lengths(cache_lengths, "cache_lengths", query, B, S)
-    if block_table is not None and can_read(block_table) and can_read(cache_lengths):
-        used = torch.arange(block_table.size(1)) < (cache_lengths[:, None] + page - 1) // max(page, 1)
+    if paged and can_read(block_table) and can_read(cache_lengths):
+        places = torch.arange(block_table.size(1), device=block_table.device)
+        used = places < (cache_lengths[:, None] + page - 1) // max(page, 1)
         stray = used & ((block_table < 0) | (block_table >= key_cache.size(0)))
-        pages = f"page numbers from 0 to {key_cache.size(0) - 1}"
-        expect(not stray.any(), "block_table", pages, block_table[stray].tolist())
+        if stray.any():
+            strays, last = block_table[stray].tolist(), key_cache.size(0) - 1
+            expect(False, "block_table", "page numbers from 0 to {last}", strays, last=last)
     window_left, window_right = _check_window(window, causal)
     out, _ = run(
         *(query, key_cache, value_cache, None, None, cache_lengths, None, None, block_table, None),
-        *(window_left, window_right, True, _check_scale(scale, query), _check_softcap(softcap), 0.0),
+        *(window_left, window_right, True, _check_scale(scale, query.size(-1)), _check_softcap(softcap), 0.0),
     )
     return out
 
@@ -498,51 +540,105 @@ def _decode_attention(
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def _check_qkv(query, key, value, query_layout, key_layout, names=("key", "value"), batched=True) -> None:
-    refuse_forward_mode("attention", (query, key, value))
-    value_layout = key_layout.replace(" D]", " Dv]")
-    expect_tensor(query, "query", query_layout, (torch.float64, *FLOATS))
-    for t, name, layout in ((key, names[0], key_layout), (value, names[1], value_layout)):
+def _check_qkv(query, key, value, layouts, key_name="key", value_name="value") -> None:
+    """All but the batch. In every layout the heads come second and the head dimension last."""
+    query_layout, key_layout, value_layout = layouts
+    expect_tensor(query, "query", query_layout, FLOATING)
+    for t, name, layout in ((key, key_name, key_layout), (value, value_name, value_layout)):
         expect_tensor(t, name, layout)
         expect_alike(t, name, query, "query")
-    (B, H, _, D), (Bk, Hk, M, Dk), Dv = query.shape, key.shape, value.size(3)
-    expect(1 <= D <= MAX_HEAD_DIM, "query", f"a head dimension from 1 to {MAX_HEAD_DIM}", query)
-    expect(Dk == D, names[0], f"last dimension {D} to match query's", key)
-    expect(Bk == B or not batched, names[0], f"batch {B} to match query's", key)
-    expect(Hk == H or (Hk > 0 and H % Hk == 0), names[0], f"a number of heads that divides query's {H}", key)
-    expect(value.shape[:3] == key.shape[:3], names[1], f"[{Bk}, {Hk}, {M}, Dv] to match {names[0]}", value)
-    expect(1 <= Dv <= MAX_HEAD_DIM, names[1], f"a head dimension from 1 to {MAX_HEAD_DIM}", value)
+    shape, key_shape, value_shape, limit = query.shape, key.shape, value.shape, MAX_HEAD_DIM
+    H, Hk, D, Dv = shape[1], key_shape[1], shape[-1], value_shape[-1]
+    expect(1 <= D <= limit, "query", "a head dimension from 1 to {limit}", query, limit=limit)
+    expect(key_shape[-1] == D, key_name, "last dimension {D} to match query's", key, D=D)
+    expect(Hk == H or (Hk > 0 and H % Hk == 0), key_name, "a number of heads that divides query's {H}", key, H=H)
+    if value_shape[:-1] != key_shape[:-1]:
+        expect_shape(value, value_name, (*key_shape[:-1], Dv), key_name)
+    expect(1 <= Dv <= limit, value_name, "a head dimension from 1 to {limit}", value, limit=limit)
+
+
+def _check_leading(query, key, value, enable_gqa) -> tuple[int, ...]:
+    """[..., H], to which the dimensions before the last two broadcast; with enable_gqa the heads divide instead."""
+    named = ((query, "query", "[..., H, N, D]"), (key, "key", "[..., Hk, M, D]"), (value, "value", "[..., Hk, M, Dv]"))
+    rank = 3 if enable_gqa else 2
+    for t, name, layout in named:
+        _check_dense(t, name, layout)
+        if t.dim() < rank:
+            expect(False, name, "rank {rank} or more {layout}", t, rank=rank, layout=layout)
+    expect_dtype(query, "query", FLOATING)
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    H, M, D, lead = shape[-rank], key_shape[-2], shape[-1], shape[:-rank]
+    for t, name, sizes in ((key, "key", key_shape), (value, "value", value_shape)):
+        expect_alike(t, name, query, "query")
+        if enable_gqa:
+            good = sizes[-3] > 0 and H % sizes[-3] == 0
+            expect(good, name, "a number of heads that divides query's {H}", t, H=H)
+        other = sizes[:-rank]
+        if other != lead:
+            if not all(have == want or have == 1 or want == 1 for have, want in zip(other[::-1], lead[::-1])):
+                wanted = list(lead)
+                expect(False, name, "leading dimensions that fit {wanted}, or enable_gqa=True", t, wanted=wanted)
+            lead = torch.broadcast_shapes(lead, other)
+    expect(key_shape[-1] == D, "key", "last dimension {D} to match query's", key, D=D)
+    expect(value_shape[-2] == M, "value", "length {M} to match key's", value, M=M)
+    return (*lead, H) if enable_gqa else tuple(lead)
+
+
+def _fold(query, key, value, bias, lead) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Everything as the op takes it, [B, H, N, D]: leading dimensions broadcast where they must, batches in one."""
+    if all([t.dim() == 4 and t.shape[:2] == lead for t in (query, key, value)]):
+        return query, key, value, bias
+    *batch, H = (1, 1, *lead)[-max(len(lead), 2) :]
+
+    def fold(t, heads):
+        return t.expand(*batch, heads, -1, -1).flatten(0, -4)
+
+    heads, heads_v = (t.size(-3) if t.dim() > 2 else 1 for t in (key, value))
+    if heads != heads_v:
+        key, value = (
+            t if n in (1, H) else t.repeat_interleave(H // n, -3) for t, n in ((key, heads), (value, heads_v))
+        )
+        heads = H
+    if bias is not None and len(batch) > 1:
+        wide = any(n != 1 for n in bias.shape[:-3])
+        bias = (bias.expand(*batch, -1, -1, -1) if wide else bias).flatten(0, -4)
+    return fold(query, H), fold(key, heads), fold(value, heads), bias
+
+
+def _check_dense(t, name, layout) -> None:
+    """A dense tensor of any rank."""
+    if not isinstance(t, Tensor) or t.layout is not torch.strided or t.is_nested:
+        expect_tensor(t, name, layout)
 
 
 def _check_bias(bias, name, query, full) -> Tensor:
-    refuse_forward_mode("attention", (bias,))
-    expect_type(isinstance(bias, Tensor), name, "a tensor", bias)
+    """The bias with dimensions of its own for all of `full`, and four at least."""
+    _check_dense(bias, name, "[B, H, N, M]")
     expect_device(bias, name, query, "query")
     dtypes = (torch.bool, query.dtype, _statistics_dtype(query))
-    expect_type(bias.dtype in dtypes, name, " or ".join(str(d) for d in dict.fromkeys(dtypes)), bias)
-    expect(bias.dim() <= 4, name, f"broadcastable to {list(full)}", bias)
-    bias = bias[(None,) * (4 - bias.dim())]
-    fits = all(have in (1, want) for have, want in zip(bias.shape, full))
-    expect(fits, name, f"broadcastable to {list(full)}", bias)
-    return bias
+    expect_dtype(bias, name, dtypes)
+    fits = all(have in (1, want) for have, want in zip(reversed(bias.shape), reversed(full)))
+    if not fits or bias.dim() > len(full):
+        expect(False, name, "broadcastable to {full}", bias, full=list(full))
+    return bias[(None,) * (max(len(full), 4) - bias.dim())]
 
 
 def _check_lengths(lengths, name, query, B, M) -> Tensor:
-    expect_tensor(lengths, name, "[B]", INTEGERS)
-    expect_device(lengths, name, query, "query")
-    expect(lengths.size(0) == B, name, f"[{B}] to match query's batch", lengths)
+    expect_lengths(lengths, name, "[B]", query, "query")
+    expect(lengths.size(0) == B, name, "[{B}] to match query's batch", lengths, B=B)
     if can_read(lengths):
-        expect(not ((lengths < 0) | (lengths > M)).any(), name, f"lengths from 0 to {M}", lengths.tolist())
+        values = lengths.tolist()
+        expect(all(0 <= value <= M for value in values), name, "lengths from 0 to {M}", values, M=M)
     return lengths.long()
 
 
-def _check_offsets(offsets, name, packed) -> Tensor:
-    expect_tensor(offsets, name, "[S + 1]", INTEGERS)
-    expect_device(offsets, name, packed, "query")
+def _check_offsets(offsets, name, query, rows) -> Tensor:
+    expect_lengths(offsets, name, "[S + 1]", query, "query")
     expect(offsets.size(0) > 0, name, "[S + 1]", offsets)
     if can_read(offsets):
-        good = offsets[0] == 0 and not (offsets.diff() < 0).any() and offsets[-1] <= packed.size(0)
-        expect(bool(good), name, f"ascending offsets from 0 to at most {packed.size(0)}", offsets.tolist())
+        values = offsets.tolist()
+        good = values[0] == 0 and values[-1] <= rows and values == sorted(values)
+        expect(good, name, "ascending offsets from 0 to at most {rows}", values, rows=rows)
     return offsets.long()
 
 
@@ -551,25 +647,24 @@ def _check_window(window, causal) -> tuple[int, int]:
     if window is not None:
         expect_type(isinstance(window, tuple | list), "window", "a tuple (left, right)", window)
         expect(len(window) == 2, "window", "two sides (left, right)", window)
-        left, right = (UNBOUNDED if side is None else side for side in window)
-        integers = all(isinstance(side, int | torch.SymInt) for side in (left, right))
-        expect_type(integers, "window", "integers or None", window)
+        left, right = (UNBOUNDED if side is None else expect_integer(side, "window") for side in window)
         expect(left >= UNBOUNDED and right >= UNBOUNDED, "window", "sides ≥ 0, or None or -1 for unbounded", window)
     return left, 0 if causal else right
 
 
-def _check_scale(scale, query) -> float:
+def _check_scale(scale, D) -> float:
     if scale is None:
-        return query.size(-1) ** -0.5
-    expect(math.isfinite(scale), "scale", "a finite number", scale)
-    return float(scale)
+        return D**-0.5 if D else 1.0
+    return float(expect_number(scale, "scale"))
 
 
 def _check_softcap(softcap) -> float:
-    if softcap is None:
-        return 0.0
-    expect(math.isfinite(softcap) and softcap >= 0, "softcap", "a finite number ≥ 0, or None", softcap)
-    return float(softcap)
+    return 0.0 if softcap is None else float(expect_number(softcap, "softcap", 0))
+
+
+def _draw_seed(dropout_p, query) -> Tensor | None:
+    """Drawn as a tensor: tracing and graph capture stay whole."""
+    return torch.randint(2**63 - 1, (), device=query.device) if dropout_p > 0 else None
 
 
 # ------------------------------------------------------------------------------------------------ declarations
@@ -577,11 +672,12 @@ def _check_softcap(softcap) -> float:
 
 def _dense(
     B, H, N, M, D, *, Hk=None, Dv=None, bias=None, slopes=None, lengths=None, layout="bhnd", size=1.0, shift=None,
-    **options,
+    coarse=False, **options,
 ):  # fmt: skip
     """make(dtype, device) for `attention`. bias: (kind, shape); slopes: shape; size: multiplies the query.
 
-    shift: (by row, by key): what their product adds to the scores.
+    shift: (by row, by key): what their product adds to the scores, up to the dtype's largest number. coarse: values of
+    few bits, so that a row that sees one key has dP = Δ in any order of summation, and 0 · 1e38 is 0.
     """
 
     def make(dtype, device):
@@ -596,12 +692,21 @@ def _dense(
 
         inputs = dict(query=size * draw(H, N, D), key=draw(Hk or H, M, D), value=draw(Hk or H, M, Dv or D), **options)
         if shift is not None:
-            inputs["query"][..., 0], inputs["key"][..., 0] = (f.to(device) for f in shift)
+            most = 0.9 * torch.finfo(dtype).max ** 0.5
+            inputs["query"][..., 0], inputs["key"][..., 0] = (f.double().clamp(-most, most).to(device) for f in shift)
+        if coarse:
+            inputs["value"] = _round_coarsely(inputs["value"])
         statistics = _statistics_dtype(inputs["query"])
         if bias is not None:
             kind, shape = bias
             if kind == "bool":
                 inputs["bias"] = torch.rand(shape, device=device) < 0.7
+            elif isinstance(kind, float):  # a mask that is not -inf: all but the last third of the keys
+                masked = torch.arange(shape[-1], device=device) < shape[-1] * 2 // 3
+                inputs["bias"] = masked.expand(shape).to(dtype) * max(kind, torch.finfo(dtype).min)
+            elif kind == "lowest":  # some keys of all rows, and all keys of some rows
+                inputs["bias"] = torch.zeros(shape, dtype=dtype, device=device)
+                inputs["bias"][..., shape[-1] // 2 :] = inputs["bias"][..., ::3, :] = torch.finfo(dtype).min
             else:
                 inputs["bias"] = torch.randn(shape, dtype=statistics if kind == "fp32" else dtype, device=device)
             if kind == "inf":
@@ -610,24 +715,39 @@ def _dense(
             inputs["alibi_slopes"] = torch.rand(slopes, dtype=statistics, device=device)
         if lengths is not None:
             inputs["key_lengths"] = torch.tensor(lengths, device=device)
+            _spoil_beyond(inputs["key"], inputs["value"], lengths)
         return inputs
 
     return make
 
 
-def _packed(lengths_q, lengths_k, H, D, *, Hk=None, Dv=None, spare=0, **options):
-    """make(dtype, device) for `varlen_attention`; `spare` rows at the end belong to no sequence."""
+def _spoil_beyond(key: Tensor, value: Tensor, lengths) -> None:
+    """Unused memory may hold anything, NaN and infinities too."""
+    for b, length in enumerate(lengths):
+        key[b, :, length:], value[b, :, length:] = math.nan, math.inf
+
+
+def _round_coarsely(t: Tensor) -> Tensor:
+    return (4 * t).round() / 4
+
+
+def _packed(lengths_q, lengths_k, H, D, *, Hk=None, Dv=None, spare=0, coarse=False, **options):
+    """make(dtype, device) for `varlen_attention`; `spare` rows at the end belong to no sequence, and hold NaN."""
 
     def make(dtype, device):
         def offsets(lengths):
             return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
 
         def draw(lengths, heads, width):
-            return torch.randn(sum(lengths) + spare, heads, width, dtype=dtype, device=device)
+            rows = torch.randn(sum(lengths) + spare, heads, width, dtype=dtype, device=device)
+            rows[sum(lengths) :] = math.nan
+            return rows
 
         inputs = dict(query=draw(lengths_q, H, D))
         other = lengths_q if lengths_k is None else lengths_k
         inputs |= dict(key=draw(other, Hk or H, D), value=draw(other, Hk or H, Dv or D))
+        if coarse:
+            inputs["value"] = _round_coarsely(inputs["value"])
         inputs |= dict(cu_seqlens_q=offsets(lengths_q), cu_seqlens_k=lengths_k and offsets(lengths_k))
         return inputs | options
 
@@ -640,6 +760,7 @@ def _cached(B, H, n, S, D, lengths, *, Hk=None, Dv=None, page=None, **options):
     def make(dtype, device):
         block_table = None
         caches = [torch.randn(B, Hk or H, S, width, dtype=dtype, device=device) for width in (D, Dv or D)]
+        _spoil_beyond(*caches, lengths if len(lengths) == B else lengths * B)
         if page is not None:
             pages = B * S // page
             order = torch.randperm(pages, device=device)
@@ -667,6 +788,8 @@ _ONE_KEY = 4.0
 _NO_FMA = 4.0 if INTERPRET else 1.0
 
 _LARGE = (1e4 * (-1.0) ** torch.arange(40), torch.ones(70))
+_HUGE = (1e19 * (-1.0) ** torch.arange(40), 1e19 * torch.linspace(-1, 1, 150))
+_HUGE_EQUAL = (1e19 * (-1.0) ** torch.arange(40), torch.full((150,), 1e19))
 _GROWING = (torch.full((20,), 35.0), torch.linspace(0, 1, 300))  # the running maximum rises with every tile
 
 # Where softmax cannot move (one key, a bias that shifts whole rows) the exact gradient is 0 and any rounding error is
@@ -717,6 +840,17 @@ _attention_samples = [
     Sample("dropout, grouped, causal", _dense(1, 4, 45, 70, 16, Hk=2, dropout_p=0.1, causal=True, return_lse=True)),
     Sample("scores of ±1e4", _dense(1, 2, 40, 70, 16, shift=_LARGE, scale=1.0), _NO_FMA),
     Sample("scores that grow along the keys", _dense(1, 2, 20, 300, 16, shift=_GROWING, scale=1.0), _NO_FMA),
+    Sample("scores of ±1e38, one key a row", _dense(1, 2, 40, 150, 16, shift=_HUGE, scale=1.0, coarse=True)),
+    Sample("scores of ±1e38 and a mask", _dense(1, 1, 40, 150, 8, shift=_HUGE, bias=("bool", (40, 150)), coarse=True)),
+    Sample("scale of 1e-30", _dense(1, 2, 20, 50, 16, scale=1e-30, return_lse=True)),
+    Sample("mask of -1e10", _dense(1, 2, 40, 200, 16, bias=(-1e10, (40, 200)), return_lse=True)),
+    Sample("mask of -1e38, one query", _dense(2, 2, 1, 300, 16, bias=(-1e38, (1, 300)), return_lse=True)),
+    Sample("mask of -1e38 over keys, causal", _dense(1, 2, 70, 150, 16, bias=(-1e38, (1, 150)), causal=True)),
+    Sample("mask of the lowest number", _dense(2, 2, 34, 150, 16, bias=("lowest", (2, 1, 34, 150)))),
+    # Of more numbers than finite differences are asked for, which vanish beside a huge one.
+    Sample("mask of the lowest number, lse", _dense(1, 2, 34, 90, 16, bias=("lowest", (34, 90)), return_lse=True)),
+    Sample("softcap of 1e30", _dense(1, 2, 20, 50, 16, softcap=1e30)),
+    Sample("softcap of 1e-30", _dense(1, 2, 20, 50, 16, softcap=1e-30, return_lse=True)),
     Sample("heads inside", _dense(2, 3, 40, 70, 16, layout="bnhd", causal=True)),
     Sample("expanded", _dense(3, 2, 40, 70, 16, layout="expanded")),
     Sample("strided head dim", _dense(2, 2, 40, 70, 16, layout="dmajor", causal=True)),
@@ -724,6 +858,11 @@ _attention_samples = [
     Sample("no keys", _dense(2, 2, 5, 0, 8, return_lse=True)),
     Sample("no batch", _dense(0, 2, 5, 6, 8, causal=True)),
 ]
+if not INTERPRET:  # Triton's gradients take P from lse, whose rounding there is beyond an exponent's range
+    _attention_samples += [
+        Sample("scores of ±1e38, equal", _dense(1, 2, 40, 150, 16, shift=_HUGE_EQUAL, scale=1.0)),
+        Sample("scale of 1e9", _dense(1, 2, 40, 150, 16, scale=1e9, coarse=True)),
+    ]
 
 
 def _pairs(N: int, M: int, causal: bool) -> float:
@@ -811,6 +950,8 @@ _varlen_samples = [
     Sample("window and softcap", _packed((50, 64), (70, 40), 2, 16, Dv=10, window=(9, 4), softcap=2.0)),
     Sample("no sequences", _packed((), None, 2, 16)),
 ]
+if not INTERPRET:  # as above
+    _varlen_samples.append(Sample("scale of 1e9", _packed((50, 64), (70, 40), 2, 16, scale=1e9, coarse=True)))
 _ragged = (31, 500, 77, 210, 4, 333, 128, 65, 17, 402, 96, 250)
 _varlen_workloads = [
     _job("12 sequences of 4–500, H8 D64", _packed(_ragged, None, 8, 64), _ragged_flops, quick=True),
@@ -833,6 +974,8 @@ _decode_samples = [
     Sample("pages", _cached(2, 4, 2, 96, 16, (96, 37), Hk=2, page=16)),
     Sample("odd pages", _cached(2, 2, 1, 91, 20, (80, 0), page=7, Dv=9)),
     Sample("long cache", _cached(1, 4, 1, 1500, 64, (1499,), Hk=2)),
+    Sample("long cache, scale of 1e9", _cached(1, 4, 1, 1500, 64, (1499,), Hk=2, scale=1e9)),
+    Sample("pages, scale of 1e9", _cached(2, 4, 2, 160, 16, (160, 37), Hk=2, page=16, scale=1e9)),
 ]
 _decode_workloads = [
     _job("B1 H32 Hk8 S4096 D128", _cached(1, 32, 1, 4096, 128, (4096,), Hk=8), _decode_flops, quick=True),

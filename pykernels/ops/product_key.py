@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import expect, expect_alike, expect_tensor, expect_type
 from ..registry import FLOATS, INTERPRET, Sample, Workload, autocast, refuse_forward_mode, register, torch_op
 from . import topk
-from .topk import apart, check_k, grid, triton_search_declines
+from .topk import apart, check_k, enlarged, grid, triton_search_declines
 from .weighted_gather import gather, gather_backward_op, gather_op
 from .wkv4 import exact_of
 
@@ -189,8 +189,9 @@ def _check_search(query: Tensor, sub_keys: Tensor, k: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ declaration
 
 
-def _inputs(n, d, shape, k, *, heads=1, dv=None, draw="normal"):
-    """make(dtype, device). shape: of the queries, without heads and d. draw: "grid" ties, "normal" nowhere nearly."""
+def _inputs(n, d, shape, k, *, heads=1, dv=None, draw="normal", large=False):
+    """make(dtype, device). shape: of the queries, without heads and d. draw: "grid" ties, "normal" nowhere nearly.
+    large: scores are of ±1e38."""
 
     def make(dtype, device):
         options = dict(dtype=dtype, device=device)
@@ -204,6 +205,8 @@ def _inputs(n, d, shape, k, *, heads=1, dv=None, draw="normal"):
                 lambda query: search(query.double(), exact, min(k + 1, n))[0],
                 shape.numel(),
             ).view(*shape, heads, d)
+            if large:
+                query, keys = enlarged(query), enlarged(keys)
         inputs = dict(query=query, sub_keys=keys)
         if dv is not None:
             inputs["values"] = torch.randn(n * n, dv, **options)
@@ -258,6 +261,7 @@ product_key_search = register(
             "ties, heads, many queries",
             _inputs(*((20, 10, (9,), 12) if INTERPRET else (40, 40, (70,), 32)), heads=4, draw="grid"),
         ),
+        Sample("scores of ±1e38", _inputs(20, 10, (5,), 4, large=True)),
         Sample("no queries", _inputs(6, 4, (0,), 3, draw="grid")),
     ],
     workloads=_workloads(),
@@ -274,6 +278,7 @@ product_key_memory = register(
         Sample("weights", lambda *a: _inputs(8, 6, (5,), 4, heads=2, dv=7)(*a) | dict(return_weights=True)),
         Sample("heads, two batch dimensions", _inputs(15, 12, (2, 3), 9, heads=3, dv=10)),
         Sample("ties", _inputs(30, 12, (3 if INTERPRET else 9,), 30, heads=2, dv=33, draw="grid")),
+        Sample("scores of ±1e38", _inputs(20, 10, (5,), 4, dv=6, large=True)),
         Sample("no queries", _inputs(6, 4, (0,), 3, dv=5, draw="grid")),
     ],
     workloads=_workloads(dv=512),

@@ -20,23 +20,35 @@ import torch
 from torch import Tensor
 
 from .. import rnn_gpu
-from ..checks import can_read, expect, expect_alike, expect_device, expect_tensor, expect_type
+from ..checks import (
+    can_read,
+    expect,
+    expect_alike,
+    expect_device,
+    expect_lengths,
+    expect_shape,
+    expect_tensor,
+    expect_type,
+)
 from ..registry import (
     FLOATS,
     INTERPRET,
     Sample,
     Workload,
     autocast,
-    refuse_forward_mode,
     register,
     second_order,
     torch_op,
     triton_declines,
+    wants_gradient,
 )
 from ..rnn_gpu import GATES, GRU, LSTM, RNN_RELU, RNN_TANH
 
-INTEGERS = (torch.int32, torch.int64)
 _DTYPES = (torch.float64, *FLOATS)
+STRIDED = torch.strided
+_OPTIONAL = (None, "bias_ih", "bias_hh", "weight_hr")  # None: c, of cells that have none
+_INT64, _BOOL = (torch.int64,), (torch.bool,)
+_WEIGHT_HH = ("[4·H, P]", "[3·H, H]", "[H, H]", "[H, H]")  # of each cell
 
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -71,7 +83,8 @@ def reference(
         active = torch.arange(len(input), device=input.device)[:, None] < lengths
         input = torch.where(active[..., None], input, 0)  # padding may hold anything
     from_input = torch.nn.functional.linear(input, weight_ih, bias_ih)
-    h, c, outputs = h0, c0, [input.new_zeros(0)] * len(input)
+    h, c = (s if s is None else s.clone() for s in (h0, c0))  # of no steps too, the results are no argument's memory
+    outputs = [input.new_zeros(0)] * len(input)
     for t in range(len(input))[:: -1 if reverse else 1]:
         before = h, c
         if resets is not None:
@@ -81,7 +94,7 @@ def reference(
         if active is not None:
             outputs[t] = torch.where(active[t, :, None], h, 0)
             h, c = (s if s is None else torch.where(active[t, :, None], s, old) for s, old in zip((h, c), before))
-    output = torch.stack(outputs) if outputs else h0[None][:0]
+    output = torch.stack(outputs) if outputs else h[None][:0]
     return output[0] if step else output[where] if packed else output, h, c
 
 
@@ -142,7 +155,8 @@ def _save_backward(ctx, inputs, output):
 
 
 def _double_backward(ctx, *cotangents):
-    grads, arguments = ctx.saved_tensors[:3], [*ctx.saved_tensors[3:]]
+    saved = ctx.saved_tensors  # once: non-reentrant checkpointing refuses to compute it again
+    grads, arguments = saved[:3], [*saved[3:]]
 
     def forward(*primals):
         for place, primal in zip(_PRIMALS, primals):
@@ -215,7 +229,8 @@ def _lstm(
             one after the last valid step (reverse: begins there).
         resets: [T, B] bool: the state is zeroed before that step (an episode begins).
         batch_sizes: [T] int64 on the CPU, not ascending: input is the data of a torch PackedSequence, whose step t has
-            the first batch_sizes[t] sequences. Not together with lengths or resets.
+            the first batch_sizes[t] sequences. Not together with lengths or resets. Without hx, torch.compile breaks
+            its graph to read batch_sizes[0], unless fullgraph=True.
 
     Returns:
         output [T, B, P] (packed: [total, P]) and the final state (h_n [B, P], c_n [B, H]), all in the input's dtype;
@@ -388,7 +403,7 @@ def _one_step(run, cell, input, hx, weights) -> tuple[Tensor, Tensor]:
     h, c = _split_state(cell, hx)
     input, h, c, *weights = autocast(input, h, c, *weights)
     _check_sizes(cell, input, "[B, I]", h, c, weights)
-    training = _wants_gradient(input, h, c, *weights)
+    training = wants_gradient(input, h, c, *weights)
     output, _, c, *_ = run(input, None, h, c, *weights, None, None, cell, False, training)
     return output, c
 
@@ -399,35 +414,32 @@ def _sequence(run, cell, input, hx, weights, reverse, lengths, resets, batch_siz
     layout = "[total, I]" if packed else "[T, B, I]"
     h, c = _split_state(cell, hx)
     input, h, c, *weights = autocast(input, h, c, *weights)
-    if h is None:
+    if packed:
+        _check_packing(batch_sizes, lengths, resets)
+    if hx is None:
         expect_tensor(input, "input", layout, _DTYPES)
-        expect_tensor(weights[1], "weight_hh", "[G·H, P]")
-        if packed:
-            expect_tensor(batch_sizes, "batch_sizes", "[T]", (torch.int64,))
-            B = int(batch_sizes[0]) if len(batch_sizes) else 0
-        else:
-            B = input.size(1)
+        H = _check_weight_hh(cell, weights)
+        B = _first_batch_size(batch_sizes) if packed else input.size(1)
         h = input.new_zeros(B, weights[1].size(1))
-        c = input.new_zeros(B, weights[1].size(0) // GATES[cell]) if cell == LSTM else None
+        c = input.new_zeros(B, H) if cell == LSTM else None
     _check_sizes(cell, input, layout, h, c, weights)
     B = h.size(0)
     if packed:
-        others = lengths is None and resets is None
-        expect(others, "batch_sizes", "no lengths and no resets beside it", batch_sizes)
         _check_batch_sizes(batch_sizes, input, B)
     if lengths is not None:
-        expect_tensor(lengths, "lengths", "[B]", INTEGERS)
-        expect_device(lengths, "lengths", input, "input")
-        expect(lengths.size(0) == B, "lengths", f"[{B}] to match input's batch", lengths)
-        if can_read(lengths):
-            T = input.size(0)
-            expect(not ((lengths < 0) | (lengths > T)).any(), "lengths", f"lengths from 0 to {T}", lengths.tolist())
+        expect_lengths(lengths, "lengths", "[B]", input, "input")
+        sizes, T = (B,), input.size(0)
+        expect_shape(lengths, "lengths", sizes, "input's batch")
+        if can_read(lengths) and ((lengths < 0) | (lengths > T)).any():
+            values = lengths.tolist()
+            expect(False, "lengths", "lengths from 0 to {T}", values, T=T)
         lengths = lengths.long()
     if resets is not None:
-        expect_tensor(resets, "resets", "[T, B]", (torch.bool,))
+        expect_tensor(resets, "resets", "[T, B]", _BOOL)
         expect_device(resets, "resets", input, "input")
-        expect(resets.shape == input.shape[:2], "resets", f"{list(input.shape[:2])} to match input", resets)
-    training = _wants_gradient(input, h, c, *weights)
+        sizes = input.shape[:2]
+        expect_shape(resets, "resets", sizes, "input")
+    training = wants_gradient(input, h, c, *weights)
     results = run(input, batch_sizes, h, c, *weights, lengths, resets, cell, bool(reverse), training)
     return results[:3]
 
@@ -440,62 +452,91 @@ def _check_nonlinearity(nonlinearity: str) -> int:
     return RNN_TANH if nonlinearity == "tanh" else RNN_RELU
 
 
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _split_state(cell: int, hx) -> tuple[Tensor | None, Tensor | None]:
     """(h, c); GRU and RNN have no c."""
     if cell != LSTM or hx is None:
         return hx, None
     expect_type(isinstance(hx, tuple | list), "hx", "a tuple (h, c)", hx)
-    expect(len(hx) == 2, "hx", "two tensors (h, c)", hx)
+    if len(hx) != 2:
+        count = len(hx)
+        expect(False, "hx", "two tensors (h, c)", count)
     return hx
 
 
-def _check_sizes(cell, input, layout, h, c, weights) -> None:
-    """Shapes, dtypes and devices. A call at batch 1 waits for this, so messages are made when something is wrong."""
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
-    refuse_forward_mode("lstm, gru, rnn", (input, h, c, *weights))
-    expect_tensor(input, "input", layout, _DTYPES)
-    expect_tensor(weight_hh, "weight_hh", "[G·H, P]")
-    (rows, P), gates = weight_hh.shape, GATES[cell]
+def _check_weight_hh(cell, weights) -> int:
+    """H, which its rows tell."""
+    _, weight_hh, _, _, weight_hr = weights
+    layout, gates = _WEIGHT_HH[cell], GATES[cell]
+    expect_tensor(weight_hh, "weight_hh", layout)
+    rows, P = weight_hh.shape
     H = rows // gates
     if H == 0 or rows % gates:
-        expect(False, "weight_hh", f"[{gates}·H, P] with H at least 1", weight_hh)
+        expect(False, "weight_hh", "{layout} with H at least 1", weight_hh, layout=layout)
     if weight_hr is None and P != H:
-        expect(False, "weight_hh", f"[{rows}, {H}]: P is H without weight_hr", weight_hh)
+        why = "P is H without weight_hr" if cell == LSTM else "as many columns as units"
+        expect(False, "weight_hh", "[{rows}, {H}]: {why}", weight_hh, rows=rows, H=H, why=why)
+    return H
+
+
+def _check_sizes(cell, input, layout, h, c, weights) -> None:
+    """Shapes, dtypes and devices. A call at batch 1 waits for this, so calls are made only where something is wrong."""
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
+    expect_tensor(input, "input", layout, _DTYPES)
+    H = _check_weight_hh(cell, weights)
+    rows, P = weight_hh.shape
     if (bias_ih is None) != (bias_hh is None):
-        expect(False, "bias_ih" if bias_ih is None else "bias_hh", "both biases or neither", None)
-    state = "hx[0]" if cell == LSTM else "hx"
+        name = "bias_ih" if bias_ih is None else "bias_hh"
+        expect(False, name, "both biases or neither", None)
+    hidden, carried = ("hx[0]", "hx[1]") if cell == LSTM else ("hx", None)
     if layout == "[total, I]":
-        expect_tensor(h, state, "[B, P]")
+        expect_tensor(h, hidden, "[B, P]")
         B = h.size(0)
     else:
         B = input.size(-2)
     dtype, device = input.dtype, input.device
-    wanted = [(h, state, (B, P)), (weight_ih, "weight_ih", (rows, input.size(-1))), (weight_hh, "weight_hh", (rows, P))]
-    if cell == LSTM:
-        wanted.append((c, "hx[1]", (B, H)))
-    if bias_ih is not None:
-        wanted += (bias_ih, "bias_ih", (rows,)), (bias_hh, "bias_hh", (rows,))
-    if weight_hr is not None:
-        wanted.append((weight_hr, "weight_hr", (P, H)))
-    for value, name, shape in wanted:
-        if isinstance(value, Tensor) and value.shape == shape and value.dtype is dtype and value.device == device:
+    for value, name, shape in (
+        (h, hidden, (B, P)),
+        (c, carried, (B, H)),
+        (weight_ih, "weight_ih", (rows, input.size(-1))),
+        (weight_hh, "weight_hh", (rows, P)),
+        (bias_ih, "bias_ih", (rows,)),
+        (bias_hh, "bias_hh", (rows,)),
+        (weight_hr, "weight_hr", (P, H)),
+    ):
+        if value is None and name in _OPTIONAL:
             continue
-        expect_type(isinstance(value, Tensor), name, f"a tensor {list(shape)}", value)
-        expect(value.shape == shape, name, f"{list(shape)} to match input and weight_hh", value)
+        try:
+            if value.shape == shape and value.dtype is dtype and value.device == device and value.layout is STRIDED:
+                continue
+        except (AttributeError, RuntimeError):  # no tensor, or a nested one, which has no shape
+            pass
+        sizes = str(list(shape))
+        expect_tensor(value, name, sizes)
+        expect_shape(value, name, shape, "input and weight_hh")
         expect_alike(value, name, input, "input")
 
 
+def _check_packing(batch_sizes, lengths, resets) -> None:
+    expect_tensor(batch_sizes, "batch_sizes", "[T]", _INT64)
+    expect(lengths is None and resets is None, "batch_sizes", "no lengths and no resets beside it", batch_sizes)
+
+
+def _first_batch_size(batch_sizes: Tensor) -> int:
+    """B, which is data."""
+    if batch_sizes.is_meta:
+        expect(False, "hx", "the state, because batch_sizes on the meta device tells no batch", None)
+    return int(batch_sizes[0]) if len(batch_sizes) else 0
+
+
 def _check_batch_sizes(batch_sizes, input, B) -> None:
-    expect_tensor(batch_sizes, "batch_sizes", "[T]", (torch.int64,))
-    expect(batch_sizes.device.type == "cpu", "batch_sizes", "a CPU tensor", str(batch_sizes.device))
+    device = batch_sizes.device.type
+    if device != "cpu" and (device, input.device.type) != ("meta", "meta"):
+        expect(False, "batch_sizes", "a CPU tensor", device)
     if can_read(batch_sizes):
-        sizes = batch_sizes.tolist()
-        good = all(a >= b for a, b in zip([B, *sizes], [*sizes, 1])) and sum(sizes) == input.size(0)
-        expect(good, "batch_sizes", f"sizes from {B} not ascending to 1, of sum {input.size(0)}", sizes)
+        sizes, total = batch_sizes.tolist(), input.size(0)
+        if not all(a >= b for a, b in zip([B, *sizes], [*sizes, 1])) or sum(sizes) != total:
+            expected = "sizes from {B} not ascending to 1, of sum {total}"
+            expect(False, "batch_sizes", expected, sizes, B=B, total=total)
 
 
 # ------------------------------------------------------------------------------------------------ declarations
@@ -503,9 +544,11 @@ def _check_batch_sizes(batch_sizes, input, B) -> None:
 
 def _layer(
     gates, T, B, I, H, *, P=None, bias=True, state=True, lengths=None, resets=None, packed=None, order="tbi", size=1.0,
-    step=False, **options,
+    large=False, step=False, **options,
 ):  # fmt: skip
-    """make(dtype, device) for a sequence. resets: their probability; packed: lengths, descending; size: of input."""
+    """make(dtype, device) for a sequence. resets: their probability; packed: lengths, descending; size: of input.
+    large: gates of ±1e38, and of ±inf where two biases of the dtype's largest numbers meet. (Not by the input: a
+    saturated gate's derivative is nothing but a rounding, which that would magnify.)"""
 
     def make(dtype, device):
         def draw(*shape):
@@ -531,6 +574,11 @@ def _layer(
         if packed is not None:
             inputs["batch_sizes"] = (torch.arange(T)[:, None] < torch.tensor(packed)).sum(1)
             inputs["input"] = size * torch.randn(sum(packed), I, dtype=dtype, device=device)
+        if large:
+            most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+            inputs["bias_ih"] = (torch.rand(gates * H, device=device) * 2 - 1).to(dtype) * most
+            for name in ("bias_ih", "bias_hh"):
+                inputs[name][::3], inputs[name][1::5] = most, -most
         if step:
             inputs["input"] = inputs["input"][0]
         return inputs | options
@@ -583,6 +631,7 @@ def _samples(op):
         Sample("packed, reverse", op(7, 5, 6, 18, packed=(7, 5, 3, 3, 1), reverse=True)),
         Sample("batch first", op(6, 4, 7, 20, order="bti")),
         Sample("saturated", op(6, 4, 7, 20, size=300.0), _LARGE),
+        Sample("gates of ±1e38 and ±inf", op(6, 4, 7, 20, large=True)),
         Sample("no steps", op(0, 3, 5, 6)),
         Sample("no sequences", op(4, 0, 5, 6)),
         Sample("no features", op(4, 3, 0, 6)),
@@ -607,6 +656,7 @@ def _step_samples(op):
         Sample("many sequences", op(33, 20, 35)),
         Sample("no bias", op(4, 5, 17, bias=False)),
         Sample("saturated", op(4, 6, 20, size=300.0), _LARGE),
+        Sample("gates of ±1e38 and ±inf", op(4, 6, 20, large=True)),
         Sample("no sequences", op(0, 5, 6)),
     ]
 
@@ -635,6 +685,7 @@ def _declare(function, cell, samples, workloads, supports=None):
         kernel=_rnn_op,
         reference=reference,
         supports={"cpu": lambda *_: None, "triton": triton_declines} | (supports or {}),
+        cuda_first=bool(supports),  # one launch, where Triton has one a step
         samples=samples,
         workloads=workloads,
         differentiable=(

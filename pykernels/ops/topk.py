@@ -303,7 +303,12 @@ def apart(draw: Callable[[int], Tensor], best: Callable[[Tensor], Tensor], count
     return queries
 
 
-def _inputs(M, d, shape, k, *, dv=None, heads=None, draw="normal", scale=None, share=False):
+def enlarged(t: Tensor) -> Tensor:
+    """By so much that the scores of two such are of 1e37 and more, in fp16 of 1e5."""
+    return t * (2.0**8 if t.dtype == torch.float16 else 2.0**61)
+
+
+def _inputs(M, d, shape, k, *, dv=None, heads=None, draw="normal", scale=None, share=False, large=False):
     """make(dtype, device). shape: of the queries, without heads and d. draw: "normal", without near ties; "grid", with
     ties; "equal", all the same; "rising", every key better than those before. share: one table of values for all heads.
     """
@@ -326,6 +331,8 @@ def _inputs(M, d, shape, k, *, dv=None, heads=None, draw="normal", scale=None, s
                 return torch.einsum("nhd,hmd->nhm", query.double(), exact).topk(min(k + 1, M)).values
 
             query = apart(lambda n: torch.randn(n, heads or 1, d, **options), best, math.prod(shape)).view(*rows, d)
+            if large:
+                query, keys = enlarged(query), enlarged(keys)
         inputs = dict(query=query, keys=keys)
         if dv is not None:
             inputs["values"] = torch.randn(*(() if share else tables), M, dv, **options)
@@ -410,6 +417,7 @@ topk_search = register(
         ),
         Sample("many keys, one query", _inputs(_MANY if INTERPRET else 20000, 16, (1,), 32)),
         Sample("many keys", _inputs(_MANY if INTERPRET else 9000, 16, (17 if INTERPRET else 33,), 10)),
+        Sample("scores of ±1e38", _inputs(40, 8, (5,), 4, large=True)),
         Sample("no queries", _inputs(9, 4, (0,), 3)),
     ],
     workloads=_workloads(),
@@ -428,6 +436,8 @@ topk_memory = register(
         Sample("heads", _inputs(30, 12, (2, 3), 7, dv=9, heads=3)),
         Sample("heads that share values", _inputs(30, 12, (4,), 7, dv=9, heads=2, share=True)),
         Sample("ties", _inputs(_MANY, 6, (3 if INTERPRET else 9,), 33, dv=20, draw="grid")),
+        Sample("scores of ±1e38", _inputs(40, 8, (5,), 4, dv=6, large=True)),
+        Sample("scale of 1e37", _inputs(40, 64, (5,), 4, dv=6, scale=1e37)),
         Sample("no queries", _inputs(9, 4, (0,), 3, dv=5)),
     ],
     workloads=_workloads(dv=256),

@@ -18,6 +18,8 @@ exponent, whereas e^{E_i}·e^{−E_j} overflows. One torch op serves both: with 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def reference(
     exact, dtype = exact_of(r.dtype), r.dtype
     B, T, H, K = r.shape
     r, w, k, v, u, a, b = (t if t is None else t.to(exact) for t in (r, w, k, v, u, a, b))
-    S, d = r.new_zeros(B, H, K, v.size(3)) if state is None else state, w.exp()
+    S, d = r.new_zeros(B, H, K, v.size(3)) if state is None else state.clone(), w.exp()
     outputs = []
     for t in range(T):
         kv = k[:, t, :, :, None] * v[:, t, :, None]
@@ -67,7 +69,7 @@ def reference(
         else:
             S = read = S + b[:, t, :, :, None] * (a[:, t, :, None] @ before)
         outputs.append((scale * r[:, t, :, None] @ read)[:, :, 0])
-    return torch.stack(outputs, 1).to(dtype) if outputs else v.to(dtype), S
+    return torch.stack(outputs, 1).to(dtype) if outputs else v.to(dtype, copy=True), S
 
 
 # ------------------------------------------------------------------------------------------------ torch ops
@@ -347,16 +349,18 @@ def _check_one(value: Tensor, name: str, layout: str, shape: tuple, dtypes: tupl
 
 
 def _draws(B, T, H, K, V, w, state, scale, constant):
-    """The arguments that both functions have. w: (lowest, highest) log decay."""
+    """The arguments that both functions have. w: (lowest, highest) log decay; to lowest = −inf, the two and −1e38."""
 
     def make(dtype, device):
         exact = exact_of(dtype)
-        low, high = torch.tensor(w).neg().log().tolist()
+        low, high = torch.tensor(w).clamp(min=-20.0).neg().log().tolist()
         decay = torch.empty(*((H, K) if constant else (B, T, H, K)), dtype=exact, device=device).uniform_(high, low)
         inputs = {
             name: torch.randn(B, T, H, width, dtype=dtype, device=device) for name, width in zip("rkv", (K, K, V))
         }
         inputs |= dict(r=inputs["r"] * K**-0.5, w=-decay.exp(), scale=scale)
+        if math.isinf(w[0]):
+            inputs["w"].view(-1)[::3], inputs["w"].view(-1)[::4] = -1e38, w[0]
         if state:
             inputs["state"] = torch.randn(B, H, K, V, dtype=exact, device=device)
         return inputs
@@ -434,6 +438,7 @@ def _samples(inputs):
         Sample("slow decay", inputs(1, 70, 1, 17, w=(-1e-5, -1e-6), state=True)),
         Sample("fast decay", inputs(1, 40, 2, 17, w=(-20.0, -10.0), state=True)),
         Sample("every decay", inputs(1, 40, 1, 33, w=(-20.0, -1e-6), state=True)),
+        Sample("w of −1e38 and −inf", inputs(1, 40, 1, 17, w=(-math.inf, -1e-2), state=True)),
         Sample("no steps", inputs(2, 0, 2, 5, state=True)),
         Sample("no sequences", inputs(0, 4, 2, 5, state=True)),
     ]

@@ -40,7 +40,7 @@ from ..registry import (
 )
 
 CHUNK = 32  # steps from one saved state to the next
-EMPTY = -1e38  # pp of a state that has seen nothing, as in the public code
+EMPTY = -1e38  # pp of a state that has seen nothing, as in the public code; inside it is the dtype's lowest number
 _DTYPES = (torch.float64, *FLOATS)
 
 
@@ -65,22 +65,28 @@ def reference(
     """(y, state) by the stable recurrence above, a step at a time."""
     exact, dtype = exact_of(k.dtype), k.dtype
     w, u, k, v = (t.to(exact) for t in (w, u, k, v))
+    lowest = torch.finfo(exact).min
     if state is None:
-        aa = bb = k.new_zeros(k.size(0), k.size(2))
-        pp = torch.full_like(aa, EMPTY)
+        aa = bb = pp = k.new_zeros(k.size(0), k.size(2))
     else:
         aa, bb, pp = state.unbind(1)
-        pp = torch.where(bb == 0, EMPTY, pp)  # nothing was seen, whatever pp says
+    pp = torch.where(bb == 0, lowest, pp)  # nothing was seen, whatever pp says
     outputs = []
     for k_t, v_t in zip(k.unbind(1), v.unbind(1)):
-        q = torch.maximum(pp, u + k_t).detach()
-        past, present = (pp - q).exp(), (u + k_t - q).exp()
+        past, present, _ = weigh(pp, (u + k_t).clamp(min=lowest))
         outputs.append((past * aa + present * v_t) / (past * bb + present))
-        q = torch.where(k_t > pp + w, k_t, pp + w)
-        past, present = (pp + w - q).exp(), (k_t - q).exp()
-        aa, bb, pp = past * aa + present * v_t, past * bb + present, q
-    y = torch.stack(outputs, 1).to(dtype) if outputs else k.to(dtype)
-    return y, torch.stack((aa, bb, pp), 1)
+        past, present, pp = weigh((pp + w).clamp(min=lowest), k_t)
+        aa, bb = past * aa + present * v_t, past * bb + present
+    y = torch.stack(outputs, 1).to(dtype) if outputs else k.to(dtype, copy=True)
+    return y, torch.stack((aa, bb, torch.where(bb == 0, EMPTY, pp)), 1)
+
+
+def weigh(past: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(e^{past−q}, e^{present−q}, q = max(past, present)). One exponential is 1; no difference is ∞ − ∞, for the past
+    is finite."""
+    d = past - present
+    wins = d < 0
+    return torch.where(wins, d, 0).exp(), torch.where(wins, 0, -d).exp(), torch.where(wins, present, past)
 
 
 # ------------------------------------------------------------------------------------------------ torch ops
@@ -214,9 +220,10 @@ def _wkv4(run, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None 
     """RWKV-4's WKV: an exponentially decaying, exponentially weighted mean over time, per channel.
 
     Args:
-        w: [C], the log decay of one step, ≤ 0 (`log_decay` converts from the forms in public code).
+        w: [C], the log decay of one step, ≤ 0 (`log_decay` converts from the forms in public code); −inf forgets all.
         u: [C], added to the present token's key ("time_first").
-        k: [B, T, C], keys: logarithms of weights; any T, any strides; fp32, bf16, fp16 (and fp64 on the CPU).
+        k: [B, T, C], keys: logarithms of weights; any T, any strides; fp32, bf16, fp16 (and fp64 on the CPU). Of −inf
+            it adds nothing to the state, and y is v where nothing was seen before.
         v: [B, T, C], values, in k's dtype. w and u may be fp32 beside half-precision k and v.
         state: [B, 3, C], (aa, bb, pp) after the steps before, in fp32 (fp64 for fp64); None has seen nothing. Where
             bb is 0 nothing was seen either, whatever pp.
@@ -280,8 +287,9 @@ def check_decay(w: Tensor, name: str) -> None:
 # ------------------------------------------------------------------------------------------------ declaration
 
 
-def _inputs(B, T, C, *, w=(-5.0, -1e-2), state=False, size=1.0, order="btc"):
-    """make(dtype, device). w: (lowest, highest) log decay; size: of the keys."""
+def _inputs(B, T, C, *, w=(-5.0, -1e-2), state=False, size=1.0, order="btc", extreme=None):
+    """make(dtype, device). w: (lowest, highest) log decay; size: of the keys. extreme: of "w" every third number is
+    −1e38 and every fourth −inf, of "k" and "u" all are as large as the dtype holds, "padding" is keys of −inf."""
 
     def make(dtype, device):
         def draw(*shape):
@@ -298,8 +306,18 @@ def _inputs(B, T, C, *, w=(-5.0, -1e-2), state=False, size=1.0, order="btc"):
         inputs = dict(w=decay, u=draw(C), k=k, v=v)
         if state:
             aa, bb, pp = torch.randn(3, B, C, dtype=exact, device=device).unbind()
-            inputs["state"] = torch.stack((aa, bb.abs() + 0.5, pp), 1)
+            inputs["state"] = torch.stack((aa, bb.abs() + 0.5, 0.9 * large(pp) if extreme in ("k", "u") else pp), 1)
+        if extreme == "w":
+            decay[::3], decay[::4] = -1e38, -torch.inf
+        elif extreme == "padding":
+            k[:, : T // 3] = k[:, T // 2] = -torch.inf
+        elif extreme:
+            inputs |= {name: large(inputs[name]) for name in {"k", extreme}}
         return inputs
+
+    def large(t):  # every sum of two may overflow
+        most = min(torch.finfo(t.dtype).max, torch.finfo(torch.float32).max)
+        return (t.double() * most).clamp(-most, most).to(t.dtype)
 
     return make
 
@@ -353,6 +371,10 @@ wkv4 = register(
         Sample("fast decay", _inputs(2, 70, 33, w=(-20.0, -10.0), state=True)),
         Sample("keys of ±60", _inputs(2, 70, 33, size=30.0, state=True), _LARGE),
         Sample("keys of ±60, slow decay", _inputs(1, 130, 3, size=30.0, w=(-1e-5, -1e-6)), _LARGE),
+        Sample("keys of ±1e38", _inputs(2, 40, 19, extreme="k"), _LARGE),
+        Sample("keys, u and state of ±1e38", _inputs(1, 150, 19, w=_FORGETTING, state=True, extreme="u"), _LARGE),
+        Sample("w of −1e38 and −inf", _inputs(1, 150, 9, state=True, extreme="w")),
+        Sample("keys of −inf", _inputs(1, 150, 5, w=_FORGETTING, extreme="padding")),
         Sample("no steps", _inputs(2, 0, 5, state=True)),
         Sample("no sequences", _inputs(0, 4, 5, state=True)),
     ],
