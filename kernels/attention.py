@@ -47,11 +47,11 @@ from .attention_tiles import (
     LOWEST,
     LOWEST_64,
     _base,
-    _bounds,
     _dot,
     _dropped,
     _exp2,
     _grad_scores,
+    _high,
     _keep,
     _length,
     _load,
@@ -59,6 +59,7 @@ from .attention_tiles import (
     _load_rows,
     _load_slope,
     _locate,
+    _low,
     _paged,
     _probabilities,
     _products,
@@ -76,8 +77,12 @@ MAX_HEAD_DIM = 256
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 # strides: (batch, head, row, column) in elements. N, M: rows of the query and key axes (packed: of all S sequences).
 # blocks: slots of the owned axis, see _locate. left, right, scale, softcap, threshold, inv_keep: as in the equations.
+# One compilation serves all counts and windows, and but for these all lengths: a single query has kernels of its own,
+# and where N is the distance of rows of lse and Δ (a split's: count), its being a multiple of 16 makes loads wide.
 
-@triton.jit
+_COUNTS = ["B", "M", "S", "steps", "blocks", "part", "pages", "left", "right", "bias_B"]
+
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=["N", "splits"])
 def _forward(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, table_ptr, seed_ptr, out_ptr,
         lse_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, out_strides,
@@ -134,7 +139,8 @@ def _forward(
     slope = _load_slope(slopes_ptr, b, h, slopes_strides)
 
     edges = _tiles(first, last, length, left, right, LEFT, RIGHT, BLOCK_N)
-    low, high = _bounds(p, length, left, right, LEFT, RIGHT)
+    low = _low(p, left, LEFT)
+    high = _high(p, length, right, RIGHT)
     if SPLIT:  # this split's share of the visible blocks
         share = tl.cdiv(tl.cdiv(edges[3] - edges[0], BLOCK_N), splits) * BLOCK_N
         begin = tl.minimum(edges[0] + split * share, edges[3])
@@ -190,7 +196,7 @@ def _forward(
     tl.store(lse_ptr + lse_rows, lse, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=["N", "splits"])
 def _merge(part_ptr, part_top_ptr, out_ptr, lse_ptr, out_strides, H, N, count, splits, unit,
            DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):
     """out = Σ_s w_s out_s / Σ_s w_s over partials [splits, count = B·H·N, DV], w_s = total_s e^((top_s − top)·unit);
@@ -220,7 +226,7 @@ def _merge(part_ptr, part_top_ptr, out_ptr, lse_ptr, out_strides, H, N, count, s
     tl.store(lse_ptr + rows, tl.where(dead, float("-inf"), top * unit + tl.log(tl.where(dead, 1.0, total))), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _grad_q(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, do_ptr, out_ptr, lse_ptr,
         dlse_ptr, dq_ptr, top_ptr, low_ptr, delta_ptr, dslope_ptr, q_strides, k_strides, v_strides, bias_strides,
@@ -269,7 +275,8 @@ def _grad_q(
     first = block * BLOCK_M + offset
     last = tl.minimum(block * BLOCK_M + BLOCK_M, n) - 1 + offset
     edges = _tiles(first, last, length, left, right, LEFT, RIGHT, BLOCK_N)
-    first_seen, last_seen = _bounds(p, length, left, right, LEFT, RIGHT)
+    first_seen = _low(p, left, LEFT)
+    last_seen = _high(p, length, right, RIGHT)
 
     top = tl.zeros((BLOCK_M,), ACC)
     low = tl.where(dead, float("inf"), lse * LOG2E)
@@ -328,7 +335,7 @@ def _grad_q(
         tl.store(dslope_ptr + row + i, dslope, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _grad_kv(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, do_ptr, top_ptr,
         low_ptr, delta_ptr, dk_ptr, dv_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides,
@@ -408,7 +415,7 @@ def _grad_kv(
     _store(_base(dv_ptr, b, hk, k_first, dv_strides), wide * dv_strides[2], valid, dv_strides[3], dv, DV, BLOCK_DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _grad_bias(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, seed_ptr, do_ptr, top_ptr, low_ptr, delta_ptr,
         dbias_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides, dbias_strides,
@@ -456,7 +463,8 @@ def _grad_bias(
         s = _products(q, k, ACC)  # [BLOCK_M, BLOCK_N]
         bias_base = _base(bias_ptr, b, h, 0, bias_strides)
         bias = _load_bias(bias_base, i[:, None], j[None, :], N, length, bias_strides, True)
-        first_seen, last_seen = _bounds(p, length, left, right, LEFT, RIGHT)
+        first_seen = _low(p, left, LEFT)
+        last_seen = _high(p, length, right, RIGHT)
         s, _ = _scores(s, p[:, None], j[None, :], bias, _load_slope(slopes_ptr, b, h, slopes_strides), j[None, :],
                        _rows(first_seen), _rows(last_seen), multiplier, softcap, SOFTCAP, EXACT, True)
         keep = None

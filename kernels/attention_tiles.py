@@ -5,7 +5,8 @@
 Scores have a unit (_unit), by which they are multiplied after the difference from a maximum: s · unit, rounded, is off
 by more than an exponent holds from 1e9 on, and infinite at 3e38. A product would join that difference in one operation,
 which does not round it as its maximum was rounded: so a score is no product of another.
-Nothing here loops over a sequence or knows which gradient is wanted.
+Nothing here loops over a sequence or knows which gradient is wanted. A bare `return` gives None,
+which Triton 3.6 returns in no other way.
 """
 import triton
 import triton.language as tl
@@ -74,19 +75,24 @@ def _tiles(first, last, count, before, after, BEFORE: tl.constexpr, AFTER: tl.co
 
 
 @triton.jit
-def _bounds(p, length, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """The keys that queries at positions p: [BLOCK_M] see -> low or None, high: [BLOCK_M]"""
-    high = tl.minimum(p + (right + 1), length) if RIGHT else tl.zeros_like(p) + length
+def _low(p, left, LEFT: tl.constexpr):
+    """The first keys that queries at positions p: [BLOCK_M] see, or None"""
     if LEFT:
-        return p - left, high
+        return p - left
     else:
-        return None, high
+        return
+
+
+@triton.jit
+def _high(p, length, right, RIGHT: tl.constexpr):
+    """The key after the last that queries at positions p: [BLOCK_M] see"""
+    return tl.minimum(p + (right + 1), length) if RIGHT else tl.zeros_like(p) + length
 
 
 @triton.jit
 def _rows(bound):
     if bound is None:
-        return None
+        return
     else:
         return bound[:, None]
 
@@ -121,7 +127,7 @@ def _inside(valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
     cols = tl.arange(0, BLOCK_D)[None, :] < D
     if valid is None:
         if D == BLOCK_D:
-            return None
+            return
         else:
             return cols
     else:
@@ -191,7 +197,7 @@ def _load_bias(base, i, j, N, length, strides, MASKED: tl.constexpr):
 @triton.jit
 def _load_slope(slopes_ptr, b, h, strides):
     if slopes_ptr is None:
-        return None
+        return
     else:
         return tl.load(slopes_ptr + b * strides[0] + h * strides[1])
 
