@@ -4,7 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: bench test audit check gpu lint format clean
+# That pyproject.toml promises.
+OLDEST_TRITON := 3.6.0
+
+.PHONY: bench test test-all audit check gpu lint format clean
 
 bench: $(INSTALLED)  ## our ops against their peers on this machine: tables, JSON and plots in bench-results/
 	$(BIN)/python -m pykernels bench $(if $(FULL),,--quick) --json bench-results/bench.json --plot bench-results
@@ -14,8 +17,12 @@ test: $(INSTALLED)  ## everything; Triton's interpreter and CUDA kernels on the 
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_attention.py -n 2
 	$(BIN)/python tests/cuda_host/run.py tests -n 2
 
-audit: $(INSTALLED)  ## compile every GPU kernel for every target and judge the result; needs no GPU
-	$(BIN)/python -m pykernels audit --baseline tests/audit_baseline.tsv --json bench-results/audit.json
+test-all: test  ## and the kernels that the baseline is about, compiled by the oldest Triton that is supported
+	$(MAKE) audit TRITON=$(OLDEST_TRITON)
+
+audit: $(INSTALLED)  ## compile every GPU kernel for every target and judge the result; needs no GPU. TRITON=3.6.0: by it
+	$(BIN)/python -m pykernels audit $(if $(TRITON),--triton $(TRITON) --representative,--baseline \
+		tests/audit_baseline.tsv --json bench-results/audit.json)
 
 check: $(INSTALLED)  ## every op on every backend against its fp64 reference
 	$(BIN)/python -m pykernels check

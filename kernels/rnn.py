@@ -199,7 +199,7 @@ def _active(b, t, count, lengths_ptr, B):
 @triton.jit
 def _reset(resets_ptr, rows, valid):
     if resets_ptr is None:
-        return None
+        return  # None: Triton 3.6 returns it in no other way
     else:
         return tl.load(resets_ptr + rows, mask=valid, other=0)[:, None] != 0
 

@@ -345,6 +345,14 @@ def rows_of(width):
     return 64 if INTERPRETED else max(1, 128 // width), {"num_warps": min(8, max(1, width // 256))}
 
 
+def _width(K, splits):
+    """Pairs of a query that a merge joins at once; few numbers, so that a growing M compiles few kernels"""
+    width = K if splits == 1 else 8 * max(K, 8)
+    while width < min(K * splits, WIDEST):
+        width *= 8
+    return min(width, max(K, WIDEST))
+
+
 def search(query, keys, scale, scores, indices):
     """Writes scores: [N, H, k], fp32 (fp64 for fp64), and indices: [N, H, k], int64, both contiguous.
 
@@ -371,8 +379,7 @@ def _search_some(query, keys, scale, scores, indices):
     buffers = scores.new_empty(programs * (2 * block_m * capacity + max(block_m, 16)))
     _search[(programs,)](
         query, keys, lists, buffers, query.stride()[:2], keys.stride()[:2], scale, N, H, M, share, blocks, k, **options)
-    width = min(K * triton.next_power_of_2(splits), max(K, WIDEST))
-    rows, options = rows_of(width)
+    rows, options = rows_of(width := _width(K, splits))
     _merge[(triton.cdiv(N * H, rows),)](
         lists, scores, indices, N, H, blocks, splits, k, block_m, K, width, rows, **options)
 

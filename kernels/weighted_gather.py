@@ -35,7 +35,7 @@ def _row_numbers(indices_ptr, first, j, k, M):
     return m, (m >= 0) & (m < M)
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k", "M"])
 def _forward(
         values_ptr, indices_ptr, weights_ptr, y_ptr, G, k, M, dv, table_stride, row_stride, EVEN: tl.constexpr,
         ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -58,7 +58,7 @@ def _forward(
     tl.store(y_ptr + bag * dv + c, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k", "M"])
 def _dot_rows(
         grad_ptr, values_ptr, indices_ptr, grad_weights_ptr, G, k, M, dv, table_stride, row_stride, EVEN: tl.constexpr,
         ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -85,7 +85,7 @@ def _row_at(rows_ptr, i, count):
     return tl.load(rows_ptr + i, mask=(i >= 0) & (i < count), other=-1)
 
 
-@triton.jit(do_not_specialize=["count", "k"])
+@triton.jit(do_not_specialize=["count", "k", "M"])
 def _sum_hits(
         grad_ptr, weights_ptr, rows_ptr, order_ptr, out_ptr, cut_ptr, count, k, M, dv, EVEN: tl.constexpr,
         HITS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
@@ -126,7 +126,7 @@ def _sum_hits(
     tl.store(cut_ptr + (lot.to(tl.int64) * 2 + 1) * dv + c, acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "lots", "steps"])
+@triton.jit(do_not_specialize=["count", "lots", "steps", "M"])
 def _join(
         rows_ptr, cut_ptr, out_ptr, count, lots, steps, M, dv, EVEN: tl.constexpr, HITS: tl.constexpr,
         ROWS: tl.constexpr, BLOCK: tl.constexpr):

@@ -66,13 +66,14 @@ def _split(x, DTYPE: tl.constexpr, COUNT: tl.constexpr):
     """x as a sum of up to three numbers of DTYPE, largest first; just x if COUNT is 1"""
     if COUNT == 1:
         return (x.to(DTYPE),)
-    first = x.to(DTYPE)
-    x -= first.to(x.dtype)
-    second = x.to(DTYPE)
-    if COUNT == 2:
-        return first, second
     else:
-        return first, second, (x - second.to(x.dtype)).to(DTYPE)
+        first = x.to(DTYPE)
+        x -= first.to(x.dtype)
+        second = x.to(DTYPE)
+        if COUNT == 2:
+            return first, second
+        else:
+            return first, second, (x - second.to(x.dtype)).to(DTYPE)
 
 
 @triton.jit

@@ -72,14 +72,14 @@ def _mean(aa, bb, pp, k, v, u):
 # ---- places, loads and stores; all tensors are contiguous ------------------------------------------------------------
 
 @triton.jit
-def _place(first, B, T, C, steps, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """-> (chunk, sequence, its first step, the step after its last, channels, which of these exist: None for all)"""
+def _place(first, B, T, C, steps, BLOCK: tl.constexpr):
+    """-> (chunk, sequence, its first step, the step after its last, channels)"""
     blocks = tl.cdiv(C, BLOCK)
     program = tl.program_id(0)
     c = program % blocks * BLOCK + tl.arange(0, BLOCK)
     chunk = first + program // blocks // B
     start = chunk * steps
-    return chunk, (program // blocks % B).to(tl.int64), start, tl.minimum(start + steps, T), c, None if EVEN else c < C
+    return chunk, (program // blocks % B).to(tl.int64), start, tl.minimum(start + steps, T), c
 
 
 @triton.jit
@@ -158,7 +158,8 @@ def _forward(
     [chunks, B, 3, C], what each chunk makes of an empty state. checkpoints_ptr: None or [⌈T/32⌉, B, 3, C]. FULL: all
     chunks are multiples of STEPS and there is one. The next STEPS rows are loaded while these are computed."""
     ACC: tl.constexpr = w_ptr.dtype.element_ty
-    chunk, b, start, stop, c, inside = _place(0, B, T, C, steps, EVEN, BLOCK)
+    chunk, b, start, stop, c = _place(0, B, T, C, steps, BLOCK)
+    inside = None if EVEN else c < C
     w, u = _load(w_ptr + c, inside, None, 0), _load(u_ptr + c, inside, None, 0)
     aa, bb, pp = _state(state_ptr, chunk * B + b, C, c, inside, w)
     row = b * T
@@ -192,7 +193,8 @@ def _scan(
         w_ptr, state_ptr, chunks_ptr, B, C, chunks, steps, EVEN: tl.constexpr, BLOCK: tl.constexpr,
         STEPS: tl.constexpr):
     """chunks_ptr: [chunks, B, 3, C], what each but the last makes of an empty state; becomes the state before each."""
-    _, b, _, _, c, inside = _place(0, B, 0, C, 0, EVEN, BLOCK)
+    _, b, _, _, c = _place(0, B, 0, C, 0, BLOCK)
+    inside = None if EVEN else c < C
     w = _load(w_ptr + c, inside, None, 0)
     shift = w * steps
     aa, bb, pp = _state(state_ptr, b, C, c, inside, w)
@@ -228,7 +230,8 @@ def _grad_local(
     The steps run forward: with F = Π f over the chunk's steps before t, which is e^{pp_start + nw − pp} ≤ 1,
     ga = Σ F z and gb = −Σ F z y."""
     ACC: tl.constexpr = w_ptr.dtype.element_ty
-    chunk, b, start, stop, c, inside = _place(1, B, T, C, steps, EVEN, BLOCK)
+    chunk, b, start, stop, c = _place(1, B, T, C, steps, BLOCK)
+    inside = None if EVEN else c < C
     w, u = _load(w_ptr + c, inside, None, 0), _load(u_ptr + c, inside, None, 0)
     aa, bb, pp = _state(checkpoints_ptr, start // CHUNK * B + b, C, c, inside, w)
     row = b * T
@@ -270,7 +273,8 @@ def _grad_scan(
         grad_state_ptr, local_ptr, after_ptr, B, C, chunks, EVEN: tl.constexpr, BLOCK: tl.constexpr,
         STEPS: tl.constexpr):
     """after_ptr: [chunks, B, 3, C]: ga, gb, r after each chunk; of the last, grad_state itself."""
-    _, b, _, _, c, inside = _place(0, B, 0, C, 0, EVEN, BLOCK)
+    _, b, _, _, c = _place(0, B, 0, C, 0, BLOCK)
+    inside = None if EVEN else c < C
     if grad_state_ptr is None:
         ga = tl.zeros([BLOCK], after_ptr.dtype.element_ty)
         gb, r = ga, ga
@@ -301,7 +305,8 @@ def _backward(
     """after_ptr: [chunks, B, 3, C], (ga, gb, r) after each chunk, of the last (ga, gb, gradient of pp), or None. R:
     there is an r. scratch_ptr: [programs, 32 / STEPS, 3, BLOCK]. sums_ptr: [chunks, B, 2, C]."""
     ACC: tl.constexpr = w_ptr.dtype.element_ty
-    chunk, b, start, stop, c, inside = _place(0, B, T, C, steps, EVEN, BLOCK)
+    chunk, b, start, stop, c = _place(0, B, T, C, steps, BLOCK)
+    inside = None if EVEN else c < C
     w, u = _load(w_ptr + c, inside, None, 0), _load(u_ptr + c, inside, None, 0)
     row = b * T
     own = tl.arange(0, BLOCK)
@@ -462,8 +467,8 @@ def forward(w, u, k, v, state, y, final, checkpoints):
     chunks = max(1, triton.cdiv(T, steps))
     if chunks > 1:
         starts = w.new_empty((chunks, B, 3, C))
-        _forward[_grid(C, options, B, chunks - 1)](
-            w, u, k, v, None, None, starts, None, B, T, C, steps, **options)
+        _forward[_grid(C, options, B, chunks - 1)](  # all but the last chunk, which are whole
+            w, u, k, v, None, None, starts, None, B, T, C, steps, **options | {"FULL": True})
         _scan[_grid(C, scan_options, B)](w, state, starts, B, C, chunks, steps, **scan_options)
         state = starts
     _forward[_grid(C, options, B, chunks)](

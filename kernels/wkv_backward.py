@@ -135,12 +135,12 @@ def _place(place, chunks, T, H):
 
 
 @triton.jit
-def _load(ptr, row, H, count, j, WIDTH: tl.constexpr, EVEN: tl.constexpr, EVICTION: tl.constexpr = ""):
-    """Columns j of a head's rows of a chunk: [L, BLOCK], zero beyond the edges"""
+def _load(ptr, row, H, count, j, WIDTH: tl.constexpr, EVEN: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Columns j of a head's rows of a chunk: [L, BLOCK], zero beyond the edges. AGAIN: they will be read again"""
     i = tl.arange(0, L)[:, None]
     ptrs = ptr + row * WIDTH + i * (H * WIDTH) + j[None, :]
     mask = i < count if EVEN else (i < count) & (j < WIDTH)[None, :]
-    return tl.load(ptrs, mask=mask, other=0, eviction_policy=EVICTION)
+    return tl.load(ptrs, mask=mask, other=0, eviction_policy="evict_last" if AGAIN else "")
 
 
 @triton.jit
@@ -351,7 +351,7 @@ def _keys(
     EVEN: tl.constexpr = EVEN_K and EVEN_V
     SETS: tl.constexpr = 1 if a_ptr is None else 4
     MASK: tl.constexpr = tl.bfloat16 if PRECISION == "bf16x6" else ACC
-    AGAIN: tl.constexpr = "evict_last"  # read again at the end, so that no register is held over both loops
+    AGAIN: tl.constexpr = True  # read again at the end, so that no register is held over both loops
     place = (tl.program_id(0) // tl.cdiv(K, BLOCK_K)).to(tl.int64)
     j = tl.program_id(0) % tl.cdiv(K, BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
     i = tl.arange(0, L)

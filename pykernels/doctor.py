@@ -13,6 +13,7 @@ import subprocess
 import torch
 
 from . import OPS, __version__, available_backends, native
+from .registry import TRITON_NEEDED
 
 
 def machine() -> dict[str, str]:
@@ -85,7 +86,8 @@ def main(args: argparse.Namespace) -> int:
     cuda_first = ", ".join(name for name in sorted(OPS) if OPS[name].cuda_first)
     choices = {"CUDA before Triton": f"{cuda_first}, on a GPU that they have passed their first-use test on"}
     for name, value in {**machine(), **gpus, **compilers, **choices}.items():
-        facts.add_row(name, escape(value))
+        needed = f" ({TRITON_NEEDED} or newer is needed)" if name == "triton" else ""
+        facts.add_row(name, escape(value + needed))
     console.print(facts)
 
     columns = ("reference", "cpu", "triton", "cuda")

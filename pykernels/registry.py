@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import threading
 import warnings
 import weakref
@@ -28,6 +29,8 @@ AUTO, REFERENCE, CPU, TRITON, CUDA = range(5)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: its kernels then run on CPU tensors
 ON_HOST = native.cuda_on_host()  # so do the CUDA kernels, compiled for the CPU
+
+TRITON_NEEDED = "3.6"  # what torch 2.10 pins, and the oldest that compiles every kernel
 
 NO_FORWARD_MODE = '{name}: forward-mode differentiation is not supported; within use_backend("reference") it is'
 
@@ -289,9 +292,11 @@ def _unavailable(backend: int, device: torch.device) -> str | None:
         return "it runs on CPU tensors" if device.type != "cpu" else native.missing()
     if backend == TRITON:
         try:
-            importlib.import_module("triton")
+            version = importlib.import_module("triton").__version__
         except ImportError as error:
             return f"triton cannot be imported ({error})"
+        if _release(version) < _release(TRITON_NEEDED):
+            return f"it needs Triton {TRITON_NEEDED} or newer; this is {version}"
         if device.type == "cpu":
             return None if INTERPRET else "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 first"
         if device.type != "cuda" or not torch.cuda.is_available():
@@ -300,6 +305,10 @@ def _unavailable(backend: int, device: torch.device) -> str | None:
             return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
         return None
     return native.cuda_missing(device)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def decline(name: str, backend: int, device: torch.device, arguments: tuple) -> str | None:

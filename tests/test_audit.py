@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import inspect
 import json
 import pathlib
+import subprocess
 import sys
 import types
 
 import pytest
 import torch
 
+import pykernels
 from pykernels import audit, registry
-from pykernels.audit import baseline, disassembly, ir, measure, model, recorder
+from pykernels.audit import baseline, disassembly, environment, ir, measure, model, recorder
 
 triton = pytest.importorskip("triton", reason="the audit compiles Triton kernels")
 if registry.INTERPRET:
@@ -126,6 +129,69 @@ def test_recording_leaves_the_driver_as_it_was():
     with pytest.raises(TypeError), recorder.recording("sm_80"):
         add[(1,)](triton.runtime.driver.active.get_current_target().arch == 80)
     assert triton.runtime.driver._active is before
+
+
+# ------------------------------------------------------------------------------------------------ kernels of one op
+
+LENGTHS = (*range(2, 18), 24, 31, 32, 33, 48, 64, 65, 100, 128, 129, 256, 300, 512, 777, 1024)  # 31 of them
+
+
+def half(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16)
+
+
+def attend(N, **more):
+    return dict(query=half(1, 8, N, 64), key=half(1, 8, N, 64), value=half(1, 8, N, 64), causal=True) | more
+
+
+def remember(T, *names):
+    w = -torch.rand(1, T, 4, 64)
+    return dict(w=w, u=torch.empty(4, 64), **{name: half(1, T, 4, 64) for name in names})
+
+
+GROWING = {  # what a growing length means → (op, its arguments)
+    "training": ("attention", attend),
+    "training, with lse": ("attention", lambda N: attend(N, return_lse=True)),
+    "windows": ("attention", lambda w: attend(300, causal=False, window=(w, w))),
+    "packed tokens": ("varlen_attention", lambda N: dict(
+        query=half(N, 8, 64), key=half(N, 8, 64), value=half(N, 8, 64), cu_seqlens_q=torch.tensor([0, N // 2, N]),
+        cu_seqlens_k=torch.tensor([0, N // 2, N]))),
+    "a cache": ("decode_attention", lambda M: dict(
+        query=half(2, 8, 1, 64), key_cache=half(2, 4, M, 64), value_cache=half(2, 4, M, 64),
+        cache_lengths=torch.full((2,), M))),
+    "caches": ("decode_attention", lambda B: dict(
+        query=half(B, 8, 1, 64), key_cache=half(B, 4, 256, 64), value_cache=half(B, 4, 256, 64),
+        cache_lengths=torch.full((B,), 256))),
+    "RWKV-4": ("wkv4", lambda T: dict(w=-torch.rand(256), u=torch.empty(256), k=half(1, T, 256), v=half(1, T, 256))),
+    "RWKV-6": ("wkv6", lambda T: remember(T, "r", "k", "v")),
+    "RWKV-7": ("wkv7", lambda T: {name: x for name, x in remember(T, *"rkvab").items() if name != "u"}),
+    "keys": ("topk_search", lambda M: dict(query=half(1, 64), keys=half(64 * M, 64), k=32)),
+    "queries": ("topk_search", lambda N: dict(query=half(N, 64), keys=half(4096, 64), k=32)),
+    "product keys' queries": ("product_key_search", lambda N: dict(
+        query=half(N, 4, 64), sub_keys=half(4, 2, 64, 32), k=16)),
+    "a table": ("weighted_gather", lambda M: dict(
+        values=half(M, 64), indices=torch.zeros(16, 8, dtype=torch.int64), weights=half(16, 8))),
+    "bags": ("weighted_gather", lambda N: dict(
+        values=half(1000, 64), indices=torch.zeros(N, 8, dtype=torch.int64), weights=half(N, 8))),
+    "sequences": ("lstm", lambda B: dict(
+        input=half(3, B, 64), hx=None, weight_ih=half(256, 64), weight_hh=half(256, 64))),
+    "steps": ("lstm", lambda T: dict(
+        input=half(min(T, 48), 2, 64), hx=None, weight_ih=half(256, 64), weight_hh=half(256, 64))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_new_lengths_compile_few_kernels(name):
+    """Of each, with the same tensors given, four at most: tile sizes, and whether strides are multiples of 16."""
+    op, make = GROWING[name]
+    compiled = collections.defaultdict(set)
+    for length in LENGTHS:
+        sample = registry.Sample(f"{length}", lambda dtype, device, length=length: make(length))
+        for launch in recorder.record(registry.OPS[op], sample, torch.bfloat16, ["sm_90"]):
+            absent = tuple(at for at, value in launch.constants.items() if value is None)
+            compiled[launch.kernel, absent].add(launch.key)
+    assert compiled
+    assert {kernel: len(keys) for (kernel, _), keys in compiled.items() if len(keys) > 4} == {}
 
 
 # ------------------------------------------------------------------------------------------------ counts known by hand
@@ -464,6 +530,30 @@ def test_audit_of_an_op(probe, tmp_path, capsys, monkeypatch):
     output = capsys.readouterr().out
     assert "FAIL sm_80 audit_probe: add float32 BLOCK=1024 warps=4 stages=3 (plain): spill: made up" in output
     assert "8 failures" in output
+    command += ["--triton", triton.__version__]
+    assert audit.main(parser.parse_args(command)) == 0  # what spills runs
+    monkeypatch.setattr(measure, "_failures", lambda *_: [("shared memory", "made up")])
+    monkeypatch.setattr(measure, "_OWN_SOURCE", "a third")
+    assert audit.main(parser.parse_args(command)) == 1
+
+
+def test_another_triton_has_an_environment_of_its_own(tmp_path, monkeypatch):
+    """Whose packages come before this one's, which it sees all the same. pip is not run."""
+    done = types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(environment.subprocess, "run", lambda *_: done)
+    python = environment.python("0.1", tmp_path)
+    (own,) = tmp_path.glob("lib/python*/site-packages")
+    (own / "triton.py").touch()
+    monkeypatch.undo()
+    script = "import importlib.util as u\nfor name in ('triton', 'torch', 'pykernels'): print(u.find_spec(name).origin)"
+    run = subprocess.run([python, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(own / "triton.py"), torch.__file__, pykernels.__file__]
+    assert environment.python("0.1", tmp_path) == python  # made once
+    assert environment.python(triton.__version__) == sys.executable
+    done.returncode = 1
+    monkeypatch.setattr(environment.subprocess, "run", lambda *_: done)
+    with pytest.raises(RuntimeError, match="triton: expected a version"):
+        environment.python("0.2", tmp_path / "none")
 
 
 def test_unknown_names_are_refused():

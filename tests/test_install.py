@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -202,6 +203,26 @@ def test_a_build_without_torch_says_to_install_it_first(monkeypatch, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ several GPUs
+
+
+@pytest.mark.parametrize(
+    ("version", "old"), [("3.5.1", True), ("2.3.0+rocm", True), ("3.6.0", False), ("3.10.0", False), ("4.0", False)]
+)
+def test_an_old_triton_is_a_reason(version, old, monkeypatch):
+    """And not a compiler's error at the first call."""
+    monkeypatch.setattr(pytest.importorskip("triton", reason="its version is read"), "__version__", version)
+    registry._unavailable.cache_clear()
+    try:
+        reason = unavailable(TRITON, "cpu") or ""
+        assert (reason == f"it needs Triton {registry.TRITON_NEEDED} or newer; this is {version}") == old
+    finally:
+        registry._unavailable.cache_clear()
+
+
+@from_checkout
+def test_the_promised_triton_is_the_oldest_that_runs():
+    promised = re.findall(r"triton>=([\d.]+)", (ROOT / "pyproject.toml").read_text())
+    assert promised == [registry.TRITON_NEEDED] * 2
 
 
 def test_each_gpu_has_a_verdict_of_its_own(monkeypatch):

@@ -97,6 +97,7 @@ def _counted(counts: dict[str, int]) -> list[str]:
 
 def write(rows: Iterable[Row], path: str) -> None:
     """Everything that is known of each row, as a JSON list."""
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     pathlib.Path(path).write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1, default=str) + "\n")
 
 
