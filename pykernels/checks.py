@@ -97,6 +97,13 @@ def expect_integer(value: Any, name: str) -> int:
     return operator.index(value)
 
 
+def expect_size(value: Any, name: str) -> int:
+    """An integer of at least 1."""
+    value = expect_integer(value, name)
+    expect(value >= 1, name, "at least 1", value)
+    return value
+
+
 def expect_lengths(value: Any, name: str, layout: str, like: torch.Tensor, like_name: str) -> None:
     """Integers, on the device of another argument."""
     expect_tensor(value, name, layout, (torch.int32, torch.int64))

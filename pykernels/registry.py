@@ -182,7 +182,7 @@ def _explain_call(name: str, signature: inspect.Signature, args: tuple, kwargs: 
         raise TypeError(f"{name}() {error}{f'; did you mean {near[0]!r}?' if near else ''}") from None
 
 
-def _transforming() -> bool:
+def transforming() -> bool:
     """Whether a transform of torch.func is at work, whose wrappers hide what is inside."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -196,7 +196,7 @@ def _tracing_gradient() -> bool:
 
 def wants_gradient(*arguments: Any) -> bool:
     """Whether a gradient may be asked of what is made of these."""
-    if not torch.compiler.is_compiling() and _transforming():
+    if not torch.compiler.is_compiling() and transforming():
         return True
     if torch.is_grad_enabled():
         for a in arguments:  # a generator would take as long again
@@ -391,7 +391,7 @@ def torch_op(
             if _tracing_gradient():
                 raise NotImplementedError(f"{name}: torch.compile cannot trace its torch.func.grad: call that eagerly")
             return op(*args)
-        return transformed.apply(*args) if _transforming() else op(*args)
+        return transformed.apply(*args) if transforming() else op(*args)
 
     transformed = _transformed(name, call, setup_context, backward)
     call.op = op
@@ -466,7 +466,7 @@ def second_order(
     def differentiable(t):
         return t is not None and t.is_floating_point()
 
-    if _transforming():
+    if transforming():
         return _transformed_second_order(function, primals, grads, cotangents)
     with torch.enable_grad():
         primals, grads = [*map(fresh, primals)], [*map(fresh, grads)]
@@ -555,7 +555,3 @@ def _refuse_forward_mode(name: str, arguments: tuple) -> None:
                 raise NotImplementedError(
                     f'{name}: forward-mode differentiation is not supported; within use_backend("reference") it is'
                 )
-
-
-def refuse_forward_mode(name: str, tensors: Iterable[Any]) -> None:
-    _refuse_forward_mode(name, tuple(tensors))

@@ -1,6 +1,7 @@
 """What is peculiar to the memory ops: ties, NaN, what is kept and what is not, sparse gradients, errors."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -457,11 +458,11 @@ ids, w = torch.zeros(6, 3, dtype=torch.int64), torch.zeros(6, 3)
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: pk.topk_search([1.0], K, 2), TypeError, "query: expected floating numbers [..., d], got list"),
+        (lambda: pk.topk_search([1.0], K, 2), TypeError, "query: expected a tensor [..., d], got list"),
         (
             lambda: pk.topk_search(q.long(), K, 2),
             TypeError,
-            "query: expected floating numbers [..., d], got torch.int64",
+            "query: expected torch.float64 or torch.float32 or torch.bfloat16 or torch.float16, got torch.int64",
         ),
         (lambda: pk.topk_search(q[0, 0], K, 2), ValueError, "query: expected rank 1 or more [..., d], got []"),
         (lambda: pk.topk_search(q[:, :0], K[:, :0], 2), ValueError, "query: expected d of 1 or more"),
@@ -472,10 +473,17 @@ ids, w = torch.zeros(6, 3, dtype=torch.int64), torch.zeros(6, 3)
         (lambda: pk.topk_search(q, K, 10), ValueError, "k: expected from 1 to the number of keys, 9, got 10"),
         (lambda: pk.topk_search(q, K, 0), ValueError, "k: expected from 1 to the number of keys, 9, got 0"),
         (lambda: pk.topk_search(q, K, 2.0), TypeError, "k: expected an integer, got float"),
+        (lambda: pk.topk_search(q, K, 2, scale=torch.ones(())), TypeError, "scale: expected a number, which has no"),
+        (lambda: pk.topk_memory(q, K, V, 2, scale=math.inf), ValueError, "scale: expected a finite number, got inf"),
+        (lambda: pk.topk_search(q, K.to_sparse(), 2), TypeError, "keys: expected a dense tensor [M, d]"),
         (lambda: pk.topk_search(q, K.expand(2, 9, 4), 2), ValueError, "query: expected [..., 2, 4] to match the heads"),
         (lambda: pk.topk_memory(q, K, V[:8], 2), ValueError, "values: expected [9] rows to match keys, got [8, 3]"),
         (lambda: pk.topk_memory(q, K, V.half(), 2), TypeError, "values: expected query's dtype torch.float32"),
-        (lambda: pk.topk_memory(q, K, None, 2), TypeError, "values: expected a tensor [M, dv], got NoneType"),
+        (
+            lambda: pk.topk_memory(q, K, None, 2),
+            TypeError,
+            "values: expected a tensor [M, dv] or [H, M, dv], got NoneType",
+        ),
         (lambda: pk.product_key_search(q, S2, 2), ValueError, "sub_keys: expected [6, 2, n, 2] to match query"),
         (lambda: pk.product_key_search(Q2[..., :3], S2, 2), ValueError, "query: expected an even d in [..., H, d]"),
         (lambda: pk.product_key_search(Q2, S2[0], 2), ValueError, "sub_keys: expected rank 4 [H, 2, n, d/2]"),
@@ -491,7 +499,11 @@ ids, w = torch.zeros(6, 3, dtype=torch.int64), torch.zeros(6, 3)
         ),
         (lambda: pk.weighted_gather(V[0], ids, w), ValueError, "values: expected rank 2 [M, dv], got [3]"),
         (lambda: pk.weighted_gather(V.long(), ids, w), TypeError, "values: expected torch.float64 or torch.float32"),
-        (lambda: pk.weighted_gather(V, w, w), TypeError, "indices: expected int32 or int64, got torch.float32"),
+        (
+            lambda: pk.weighted_gather(V, w, w),
+            TypeError,
+            "indices: expected torch.int32 or torch.int64, got torch.float32",
+        ),
         (lambda: pk.weighted_gather(V, ids, w[0]), ValueError, "weights: expected [6, 3] to match indices, got [3]"),
         (lambda: pk.weighted_gather(V, ids, w.half()), TypeError, "weights: expected values's dtype torch.float32"),
         (lambda: pk.weighted_gather(V, ids + 9, w), IndexError, "indices: expected 0 to 8, got 9"),
@@ -501,3 +513,63 @@ def test_errors_name_argument_expectation_and_value(call, kind, message):
     with pytest.raises(kind) as caught:
         call()
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_gather_under_autocast_reads_the_table_as_it_is(weights):
+    """Dense or sparse, the same result of autocast's dtype, and a gradient of the table's."""
+    V, ids = torch.randn(9, 5), torch.randint(9, (6, 3))
+    w = torch.rand(6, 3).to(weights)
+    results = []
+    for sparse in (False, True):
+        table = V.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = pk.weighted_gather(table, ids, w, sparse_grad=sparse)
+        out.float().square().sum().backward()
+        assert (out.dtype, table.grad.dtype, table.grad.is_sparse) == (torch.bfloat16, torch.float32, sparse)
+        results.append((out, table.grad.to_dense()))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+    assert torch.equal(results[0][0], pk.weighted_gather(V, ids, w.float()).bfloat16())
+
+
+def test_sparse_gradients_refuse_transforms():
+    V, ids, w = torch.randn(9, 5), torch.randint(9, (6, 3)), torch.rand(6, 3)
+    with pytest.raises(NotImplementedError, match=r"torch\.func has no sparse gradients: use sparse_grad=False"):
+        torch.func.grad(lambda V: pk.weighted_gather(V, ids, w, sparse_grad=True).sum())(V)
+
+
+def fixed(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+ANY_LENGTH = {
+    "topk_search": lambda N: pk.topk_search(fixed(N, 6), fixed(20, 6), 3, scale=0.5),
+    "topk_memory": lambda N: pk.topk_memory(fixed(N, 6), fixed(20, 6), fixed(20, 5), 3),
+    "product_key_search": lambda N: pk.product_key_search(fixed(N, 2, 6), fixed(2, 2, 10, 3), 3),
+    "product_key_memory": lambda N: pk.product_key_memory(fixed(N, 2, 6), fixed(2, 2, 10, 3), fixed(100, 5), 3),
+    "weighted_gather": lambda N: pk.weighted_gather(fixed(20, 5), (fixed(N, 3).abs() * 5).long(), fixed(N, 3)),
+}
+
+
+@pytest.mark.parametrize("name", ANY_LENGTH)
+def test_any_length_in_one_graph(name):
+    graphs, seen = [], []
+    op = getattr(pk, name)
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def call(*args, **options):
+        seen.append((args, options))
+        return op(*args, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend=count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pk, name, call)
+        expected = [ANY_LENGTH[name](N) for N in (7, 4, 8, 9, 13)]
+    for (args, options), wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(compiled(*args, **options), wanted)
+    assert len(graphs) == 1

@@ -3,11 +3,14 @@
 import copy
 import importlib.util
 import pathlib
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
 
 import pykernels as pk
 from pykernels.check import differentiate
@@ -75,10 +78,10 @@ def test_memory_layer_is_its_equations(norm, options, sparse):
     x = torch.randn(3, 4, 10, dtype=torch.float64, requires_grad=True)
     wanted = [x, *m.parameters()]
     got, want = m(x), paper(x.flatten(0, 1), m, norm, 3).view(3, 4, 10)
-    assert m.values.grad is None
+    assert m.table.grad is None
     agree([got], [want])
     agree(differentiate([got], wanted), differentiate([want], wanted))
-    assert torch.autograd.grad(m(x).sum(), m.values)[0].is_sparse == sparse
+    assert torch.autograd.grad(m(x).sum(), m.table)[0].is_sparse == sparse
 
 
 def test_batch_norm_of_queries_keeps_statistics():
@@ -113,15 +116,15 @@ def test_memory_layer_any_leading_dimensions():
 
 def test_initial_values_and_reset():
     m = MemoryLayer(48, 40, 4, 3, value_dim=64)
-    assert m.values.std().item() == pytest.approx(64**-0.5, rel=0.05)
+    assert m.table.std().item() == pytest.approx(64**-0.5, rel=0.05)
     assert m.keys.std().item() == pytest.approx(24**-0.5, rel=0.05)
     other = MemoryLayer(48, 40, 4, 1, values=m)
-    table, keys = m.values.clone(), other.keys.clone()
+    table, keys = m.table.clone(), other.keys.clone()
     other.reset_parameters()
-    assert m.values.equal(table)
+    assert m.table.equal(table)
     assert not other.keys.equal(keys)
     m.reset_parameters()
-    assert not m.values.equal(table)
+    assert not m.table.equal(table)
     assert MemoryLayer(7, 3, 2, 1).key_dim == 8
 
 
@@ -140,24 +143,28 @@ def through(model, x):
 
 def test_shared_values_count_once():
     model = stack()
-    tables = [name for name in model.state_dict() if name.endswith("values")]
-    assert tables == ["0.values"] == [name for name, _ in model.named_parameters() if name.endswith("values")]
+    tables = [name for name in model.state_dict() if name.endswith("values.weight")]
+    assert (
+        tables
+        == ["0.values.weight"]
+        == [name for name, _ in model.named_parameters() if name.endswith("values.weight")]
+    )
     untied = [layer() for _ in model]
     for own, shared in zip(untied, model):
-        own.load_state_dict(shared.state_dict() | dict(values=model[0].values))
+        own.load_state_dict(shared.state_dict() | {"values.weight": model[0].table})
     x = torch.randn(4, 10, dtype=torch.float64)
-    (got,) = differentiate([through(model, x)], [model[0].values])
-    agree([got], [sum(differentiate([through(untied, x)], [own.values for own in untied]))])
+    (got,) = differentiate([through(model, x)], [model[0].table])
+    agree([got], [sum(differentiate([through(untied, x)], [own.table for own in untied]))])
 
 
 @pytest.mark.parametrize("kind", ["module", "parameter", "embedding"])
 def test_values_of_another_owner(kind):
     own = layer(value_dim=7)
-    table = torch.nn.Embedding.from_pretrained(own.values.detach(), freeze=False)
-    other = layer(values={"module": own, "parameter": own.values, "embedding": table}[kind])
+    table = torch.nn.Embedding.from_pretrained(own.table.detach(), freeze=False)
+    other = layer(values={"module": own, "parameter": own.table, "embedding": table}[kind])
     assert (other.value_dim, other.values) == (7, None)
-    assert other.table is (table.weight if kind == "embedding" else own.values)
-    other.load_state_dict({name: p for name, p in own.state_dict().items() if name != "values"})
+    assert other.table is (table.weight if kind == "embedding" else own.table)
+    other.load_state_dict({name: p for name, p in own.state_dict().items() if name != "values.weight"})
     x = torch.randn(5, 10, dtype=torch.float64)
     torch.testing.assert_close(other(x), own(x))
     assert "shared values" in repr(other)
@@ -168,7 +175,7 @@ def test_copies_and_loading_follow_the_owner():
     x = torch.randn(4, 10, dtype=torch.float64)
     want = through(model, x)
     twin = copy.deepcopy(model)
-    assert twin[0].values is twin[2].table is not model[0].values
+    assert twin[0].table is twin[2].table is not model[0].table
     agree([through(twin, x)], [want])
     state = {name: value.clone() for name, value in model.state_dict().items()}
     other.load_state_dict(state)
@@ -184,41 +191,41 @@ def test_sparse_adam_is_adam_on_the_rows_that_are_used():
     sparse = copy.deepcopy(dense)
     sparse.sparse_grad = True
     x = torch.randn(4, 8, dtype=torch.float64)
-    before = dense.values.detach().clone()
+    before = dense.table.detach().clone()
     pair = (
-        (dense, torch.optim.Adam([dense.values], lr=0.1, eps=1e-20)),
-        (sparse, torch.optim.SparseAdam([sparse.values], lr=0.1, eps=1e-20)),
+        (dense, torch.optim.Adam([dense.table], lr=0.1, eps=1e-20)),
+        (sparse, torch.optim.SparseAdam([sparse.table], lr=0.1, eps=1e-20)),
     )
     for _ in range(3):  # the two place eps differently, hence next to none
         for m, optimizer in pair:
             optimizer.zero_grad()
             sums(m(x)).backward()
             optimizer.step()
-    used = sparse.values.grad.coalesce().indices()[0]
+    used = sparse.table.grad.coalesce().indices()[0]
     assert 3 <= used.numel() < 81
-    agree([sparse.values], [dense.values])
+    agree([sparse.table], [dense.table])
     unused = torch.ones(81, dtype=torch.bool).index_fill(0, used, False)
-    assert sparse.values[unused].equal(before[unused])
-    assert (sparse.values[used] != before[used]).all()
+    assert sparse.table[unused].equal(before[unused])
+    assert (sparse.table[used] != before[used]).all()
 
 
 def test_parameter_groups():
     model = torch.nn.Sequential(torch.nn.Linear(10, 10, dtype=torch.float64), stack())
     rest, tables = groups = memory_parameter_groups(model, values_lr=0.5)
-    assert tables["params"] == [model[1][0].values]
+    assert tables["params"] == [model[1][0].table]
     assert len(rest["params"]) + 1 == len(list(model.parameters()))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
     through(model[1], model[0](torch.randn(2, 10, dtype=torch.float64))).sum().backward()
     optimizer.step()
     moved = {name: (p.detach() - before[name]).abs() for name, p in model.named_parameters()}
-    table = moved.pop("1.0.values")
+    table = moved.pop("1.0.values.weight")
     row = table.amax(1)
     assert (row == 0).any()  # nothing decays
     torch.testing.assert_close(row.amax(), torch.tensor(0.5, dtype=row.dtype), rtol=1e-3, atol=0)
     assert max(m.max() for m in moved.values()) < 0.03
     rest, tables = memory_parameter_groups(model[1][2], values_lr=1.0)  # whose owner is elsewhere
-    assert tables["params"] == [model[1][0].values]
+    assert tables["params"] == [model[1][0].table]
     assert memory_parameter_groups(model[0], values_lr=1.0)[1]["params"] == []
 
 
@@ -243,16 +250,127 @@ def test_sparse_gradients_refuse_to_compile():
 def test_memory_layer_under_autocast(sparse, monkeypatch):
     """The projections go to bf16; the table stays as it is, and is not copied."""
     m = layer(32, 16, 4, 2, dtype=torch.float32, sparse_grad=sparse)
-    name, seen = "weighted_gather" if sparse else "product_key_memory", []
-    op = getattr(module_file, name)
-    monkeypatch.setattr(module_file, name, lambda *a, **options: seen.append(op(*a, **options)) or seen[-1])
+    op, seen = module_file.product_key_memory, []
+    monkeypatch.setattr(
+        module_file, "product_key_memory", lambda *a, **options: seen.append(op(*a, **options)) or seen[-1]
+    )
     x = torch.randn(40, 32)
     with torch.autocast("cpu", torch.bfloat16):
         y = m(x)
     assert (y.dtype, seen[0].dtype) == (torch.bfloat16, torch.float32)
     assert far(y, m(x)) < 0.05
     y.sum().backward()
-    assert m.values.grad.dtype == m.keys.grad.dtype == torch.float32
+    assert m.table.grad.dtype == m.keys.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_sparse_gradient_changes_no_bit_of_the_output(dtype):
+    dense = layer(32, 16, 4, 2, dtype=dtype)
+    sparse = layer(32, 16, 4, 2, dtype=dtype, sparse_grad=True)
+    sparse.load_state_dict(dense.state_dict())
+    x = torch.randn(40, 32, dtype=dtype)
+    assert torch.equal(dense(x), sparse(x))
+    with pk.use_backend("reference"):
+        assert torch.equal(dense(x), sparse(x))
+
+
+def test_tables_under_their_former_name_are_loaded():
+    m, other = layer(), layer()
+    state = m.state_dict()
+    state["values"] = state.pop("values.weight")
+    other.load_state_dict(state)
+    assert torch.equal(other.table, m.table)
+
+
+DISTRIBUTED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+from pykernels.nn import MemoryLayer
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+torch.manual_seed(0)
+alone = MemoryLayer(16, 6, 2, 2, sparse_grad=True)
+copy = MemoryLayer(16, 6, 2, 2, sparse_grad=True)
+copy.load_state_dict(alone.state_dict())
+model = DistributedDataParallel(copy)
+x = torch.randn(5, 16)
+for m in (alone, model):
+    table = getattr(m, "module", m).table
+    m(x).square().sum().backward()
+    assert table.grad.is_sparse
+    torch.optim.SparseAdam([table], lr=0.1).step()
+torch.testing.assert_close(copy.table, alone.table)
+mesh = dist.init_device_mesh("cpu", (1,))
+alone.values.weight = torch.nn.Parameter(DTensor.from_local(alone.table.detach(), mesh, [Shard(0)]))
+try:
+    alone(x)
+except TypeError as error:
+    assert "sparse_grad: expected False where the table is no parameter of its own, as under FSDP" in str(error), error
+else:
+    raise AssertionError("a sharded table was taken")
+dist.destroy_process_group()
+"""
+
+
+def test_sparse_gradients_under_distributed_data_parallel_and_fsdp():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", DISTRIBUTED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def lengths_in_one_graph(module, make):
+    """Five lengths of make(T) through torch.compile, which traces once."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=count)
+    for T in (7, 4, 5, 9, 12):
+        with torch.no_grad():
+            got, expected = pytree.tree_leaves(compiled(*make(T))), pytree.tree_leaves(module(*make(T)))
+        for value, wanted in zip(got, expected, strict=True):
+            torch.testing.assert_close(value, wanted)
+    assert len(graphs) == 1
+
+
+def fixed(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("topk", [None, 2])
+@pytest.mark.parametrize("given", [False, True])
+def test_lm2_takes_any_length_in_one_graph(topk, given):
+    m = LM2Memory(8, 4, 2, topk=topk)
+    lengths_in_one_graph(m, lambda T: (fixed(2, T, 8), *([fixed(2, 4, 8)] if given else [])))
+    T = torch.export.Dim("T", min=2, max=64)
+    program = torch.export.export(m, (fixed(2, 7, 8),), dynamic_shapes=({1: T},))
+    torch.testing.assert_close(program.module()(fixed(2, 4, 8)), m(fixed(2, 4, 8)))
+
+
+@pytest.mark.parametrize("query_norm", [None, "layer"])
+def test_memory_layer_takes_any_length_in_one_graph(query_norm):
+    lengths_in_one_graph(MemoryLayer(16, 6, 2, 3, query_norm=query_norm), lambda T: (fixed(3, T, 16),))
+
+
+@pytest.mark.parametrize("make", [lambda **o: MemoryLayer(16, 6, 2, 2, **o), lambda **o: LM2Memory(8, 4, 2, **o)])
+def test_modules_on_the_meta_device(make):
+    m, real = make(device="meta"), make()
+    x = torch.randn(2, 5, m.query.in_features)
+    with torch.device("meta"):
+        expected = pytree.tree_leaves(real(x))
+    for value, wanted in zip(pytree.tree_leaves(m(x.to("meta"))), expected, strict=True):
+        assert value.is_meta
+        assert not wanted.is_meta
+        assert value.shape == wanted.shape
+
+
+def test_sizes_of_any_integer_type():
+    m = MemoryLayer(np.int64(16), np.int32(6), np.int64(2), np.int8(2))
+    assert m(torch.randn(3, 16)).shape == (3, 16)
+    with pytest.raises(TypeError, match="heads: expected an integer, got float"):
+        MemoryLayer(16, 6, 2, 2.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -265,7 +383,7 @@ def test_memory_layer_in_half_precision(dtype, sparse):
     assert y.dtype == dtype
     assert far(y, want) < 0.05
     y.sum().backward()
-    assert m.values.grad.dtype == dtype
+    assert m.table.grad.dtype == dtype
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,26 @@ LM2's memory is a state, written by one call and read by the next.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
-from torch.nn import BatchNorm1d, LayerNorm, Linear, Module, Parameter
+from torch.nn import BatchNorm1d, Embedding, LayerNorm, Linear, Module, Parameter
 
-from ..checks import expect, expect_alike, expect_device, expect_tensor, expect_type
+from ..checks import (
+    expect,
+    expect_alike,
+    expect_device,
+    expect_integer,
+    expect_shape,
+    expect_size,
+    expect_tensor,
+    expect_type,
+)
 from ..ops.attention import MAX_HEAD_DIM, attention
-from ..ops.product_key import product_key_memory, product_key_search
+from ..ops.product_key import product_key_memory
 from ..ops.topk import topk_memory
-from ..ops.weighted_gather import weighted_gather
-from ..ops.wkv4 import exact_of
+from ..registry import is_autocast_on
 
 _QUERY_NORMS = (None, "layer", "batch")
 
@@ -41,10 +51,13 @@ class MemoryLayer(Module):
             initialised and loaded with it). Prefer a module to a Parameter, which load_state_dict(assign=True) and
             to_empty() replace in its owner alone.
         sparse_grad: the table's gradient is sparse, with only the rows that were used, as torch.optim.SparseAdam takes
-            it. All layers that share a table should agree. Not under torch.compile, and not twice differentiable.
+            it; the outputs are the same, to the bit. All layers that share a table should agree. It works under
+            DistributedDataParallel (where a shared table has to be a layer's or an Embedding's with sparse=True), not
+            under FSDP. Not under torch.compile, and not twice differentiable.
 
-    Parameters: query, gate, output (linear, without bias); keys [heads, 2, num_keys, key_dim/2]; values
-    [num_keys², value_dim], unless shared (`table` is either); query_norm's own. Keys and values start normal, with a
+    Parameters: query, gate, output (linear, without bias); keys [heads, 2, num_keys, key_dim/2]; values, an Embedding
+    of weight [num_keys², value_dim], unless shared (`table` is the weight, whoever owns it); query_norm's own. State
+    dictionaries that call the table `values` are loaded too. Keys and values start normal, with a
     standard deviation of (key_dim/2)^-0.5 and value_dim^-0.5. Values want a learning rate of their own:
     `memory_parameter_groups`.
 
@@ -65,11 +78,11 @@ class MemoryLayer(Module):
         sparse_grad: bool = False, device=None, dtype=None,
     ) -> None:  # fmt: skip
         super().__init__()
-        expect(dim >= 1, "dim", "at least 1", dim)
-        expect(num_keys >= 1, "num_keys", "at least 1", num_keys)
-        expect(1 <= k <= num_keys, "k", f"from 1 to num_keys, {num_keys}", k)
-        expect(heads >= 1, "heads", "at least 1", heads)
-        key_dim = dim + dim % 2 if key_dim is None else key_dim
+        dim, num_keys, heads = expect_size(dim, "dim"), expect_size(num_keys, "num_keys"), expect_size(heads, "heads")
+        k = expect_integer(k, "k")
+        expect(1 <= k <= num_keys, "k", "from 1 to num_keys, {num_keys}", k, num_keys=num_keys)
+        key_dim = dim + dim % 2 if key_dim is None else expect_integer(key_dim, "key_dim")
+        value_dim = None if value_dim is None else expect_size(value_dim, "value_dim")
         expect(key_dim >= 2 and key_dim % 2 == 0, "key_dim", "an even number, at least 2", key_dim)
         expect(query_norm in _QUERY_NORMS, "query_norm", "None, 'layer' or 'batch'", query_norm)
         self._shared = None if values is None else (values,)  # in a tuple, which is not registered
@@ -78,11 +91,11 @@ class MemoryLayer(Module):
             expect_type(known, "values", "a MemoryLayer, a module with a weight, or a Parameter", values)
             expect_tensor(self.table, "values", "[num_keys², value_dim]")
             rows, width = self.table.shape
-            wanted = f"[{num_keys * num_keys}, {'value_dim' if value_dim is None else value_dim}]"
-            expect(rows == num_keys * num_keys and value_dim in (None, width), "values", wanted, self.table)
+            if rows != num_keys * num_keys or value_dim not in (None, width):
+                wanted = "value_dim" if value_dim is None else value_dim
+                expect(False, "values", f"[{num_keys * num_keys}, {wanted}]", self.table)
             value_dim = width
         value_dim = dim if value_dim is None else value_dim
-        expect(value_dim >= 1, "value_dim", "at least 1", value_dim)
         self.dim, self.num_keys, self.k, self.heads = dim, num_keys, k, heads
         self.key_dim, self.value_dim, self.sparse_grad = key_dim, value_dim, sparse_grad
         options = dict(device=device, dtype=dtype)
@@ -93,9 +106,11 @@ class MemoryLayer(Module):
         elif query_norm == "batch":
             self.query_norm = BatchNorm1d(heads * key_dim, **options)
         self.keys = Parameter(torch.empty(heads, 2, num_keys, key_dim // 2, **options))
-        self.register_parameter("values", None)
-        if values is None:
-            self.values = Parameter(torch.empty(num_keys * num_keys, value_dim, **options))
+        self.values = None
+        if values is None:  # DistributedDataParallel expects sparse gradients of embeddings alone
+            table = torch.empty(num_keys * num_keys, value_dim, **options)
+            self.values = Embedding(*table.shape, _weight=table, sparse=sparse_grad)
+        self.register_load_state_dict_pre_hook(_rename_table)
         self.gate = Linear(dim, value_dim, bias=False, **options) if gate else None
         self.output = Linear(value_dim, dim, bias=False, **options)
         self.reset_parameters()
@@ -104,7 +119,7 @@ class MemoryLayer(Module):
     def table(self) -> Parameter:
         """The values [num_keys², value_dim], whoever owns them."""
         if self._shared is None:
-            return self.values
+            return self.values.weight
         (owner,) = self._shared
         if isinstance(owner, MemoryLayer):
             return owner.table
@@ -115,32 +130,30 @@ class MemoryLayer(Module):
         """All but a shared table, which is its owner's to reset."""
         self.keys.normal_(std=self.keys.size(-1) ** -0.5)
         if self.values is not None:
-            self.values.normal_(std=self.value_dim**-0.5)
+            self.values.weight.normal_(std=self.value_dim**-0.5)
         for module in (self.query, self.query_norm, self.gate, self.output):
             if module is not None:
                 module.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         _expect_tokens(x, self.keys, "[..., dim]")
-        expect(x.dim() >= 1 and x.size(-1) == self.dim, "x", f"[..., {self.dim}]", x)
+        expect(x.dim() >= 1 and x.size(-1) == self.dim, "x", "[..., {dim}]", x, dim=self.dim)
         query = self.query(x)
         if isinstance(self.query_norm, BatchNorm1d):
             query = self.query_norm(query.reshape(-1, query.size(-1))).view(query.shape)
         query = query.unflatten(-1, (self.heads, self.key_dim))  # [..., heads, key_dim]
         if isinstance(self.query_norm, LayerNorm):
             query = self.query_norm(query)
-        with torch.autocast(x.device.type, enabled=False):
-            y = self._look_up(query.to(self.keys.dtype))
+        table = self.table
+        if self.sparse_grad:
+            plain = isinstance(table, Parameter) and type(table).__torch_dispatch__ is Tensor.__torch_dispatch__
+            expect_type(plain, "sparse_grad", "False where the table is no parameter of its own, as under FSDP", table)
+        on = is_autocast_on(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if on else contextlib.nullcontext():
+            y = product_key_memory(query.to(self.keys.dtype), self.keys, table, self.k, sparse_grad=self.sparse_grad)
         if self.gate is not None:
             y = y * torch.nn.functional.silu(self.gate(x))
         return self.output(y)
-
-    def _look_up(self, query: Tensor) -> Tensor:
-        if not self.sparse_grad:
-            return product_key_memory(query, self.keys, self.table, self.k)
-        scores, indices = product_key_search(query, self.keys, self.k)
-        weights = scores.to(exact_of(scores.dtype)).softmax(-1)
-        return weighted_gather(self.table, indices.flatten(-2), weights.flatten(-2), sparse_grad=True)
 
     def extra_repr(self) -> str:
         shared = "" if self._shared is None else ", shared values"
@@ -213,12 +226,14 @@ class LM2Memory(Module):
         self, dim: int, num_slots: int, num_heads: int = 1, *, topk: int | None = None, device=None, dtype=None
     ) -> None:
         super().__init__()
-        expect(dim >= 1, "dim", "at least 1", dim)
-        expect(num_slots >= 1, "num_slots", "at least 1", num_slots)
-        expect(num_heads >= 1 and dim % num_heads == 0, "num_heads", f"a divisor of dim {dim}", num_heads)
+        dim, num_slots = expect_size(dim, "dim"), expect_size(num_slots, "num_slots")
+        num_heads = expect_integer(num_heads, "num_heads")
+        expect(num_heads >= 1 and dim % num_heads == 0, "num_heads", "a divisor of dim {dim}", num_heads, dim=dim)
         narrow = topk is not None or dim // num_heads <= MAX_HEAD_DIM
-        expect(narrow, "num_heads", f"heads of at most {MAX_HEAD_DIM} channels, or topk", num_heads)
-        expect(topk is None or 1 <= topk <= num_slots, "topk", f"None or from 1 to num_slots, {num_slots}", topk)
+        expect(narrow, "num_heads", "heads of at most {widest} channels, or topk", num_heads, widest=MAX_HEAD_DIM)
+        topk = None if topk is None else expect_integer(topk, "topk")
+        inside = topk is None or 1 <= topk <= num_slots
+        expect(inside, "topk", "None or from 1 to num_slots, {num_slots}", topk, num_slots=num_slots)
         self.dim, self.num_slots, self.num_heads, self.topk = dim, num_slots, num_heads, topk
         options = dict(device=device, dtype=dtype)
         self.query = Linear(dim, dim, bias=False, **options)
@@ -248,13 +263,13 @@ class LM2Memory(Module):
         weight = self.query.weight
         _expect_tokens(x, weight, "[B, N, D]")
         expect_tensor(x, "x", "[B, N, D]")
-        expect(x.size(2) == self.dim, "x", f"[B, N, {self.dim}]", x)
+        expect(x.size(2) == self.dim, "x", "[B, N, {dim}]", x, dim=self.dim)
         if memory is None:
             memory = self.initial_memory(x.size(0))
         else:
             expect_tensor(memory, "memory", "[B, S, D]")
-            if memory.shape != (x.size(0), self.num_slots, self.dim):  # the message would fix the batch size in a trace
-                expect(False, "memory", f"[{x.size(0)}, {self.num_slots}, {self.dim}] to match x", memory)
+            B = x.size(0)
+            expect_shape(memory, "memory", (B, self.num_slots, self.dim), "x")
             expect_alike(memory, "memory", weight, "the weight")
         if x.size(1) == 0:
             return x.clone(), memory
@@ -286,7 +301,7 @@ def _rows_for(tokens: Tensor, slots: int) -> Tensor:
     """The means of S stretches of N tokens [B, N, D] → [B, S, D], as torch's adaptive_avg_pool1d over N has them, whose
     gradient is not deterministic on a GPU."""
     N = tokens.size(1)
-    if slots == N:
+    if not torch.compiler.is_compiling() and slots == N:  # a trace would be of other lengths alone
         return tokens
     slot, token = torch.arange(slots, device=tokens.device), torch.arange(N, device=tokens.device)
     first, last = slot * N // slots, ((slot + 1) * N + slots - 1) // slots
@@ -295,7 +310,13 @@ def _rows_for(tokens: Tensor, slots: int) -> Tensor:
 
 
 def _expect_tokens(x: Tensor, weight: Tensor, layout: str) -> None:
-    expect_type(isinstance(x, Tensor), "x", f"a tensor {layout}", x)
-    alike = x.dtype == weight.dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type))
-    expect_type(alike, "x", f"the weights' {weight.dtype}", x)
+    expect_type(isinstance(x, Tensor), "x", "a tensor {layout}", x, layout=layout)
+    alike = x.dtype == weight.dtype or (x.is_floating_point() and is_autocast_on(x.device.type))
+    expect_type(alike, "x", "the weights' {dtype}", x, dtype=weight.dtype)
     expect_device(x, "x", weight, "the weight")
+
+
+def _rename_table(module, state_dict, prefix, *_) -> None:
+    """The table was a parameter of the layer itself before it was an Embedding's."""
+    if prefix + "values" in state_dict:
+        state_dict.setdefault(prefix + "values.weight", state_dict.pop(prefix + "values"))

@@ -19,6 +19,7 @@ from ..checks import (
     expect_dtype,
     expect_integer,
     expect_shape,
+    expect_size,
     expect_tensor,
     expect_type,
 )
@@ -33,7 +34,7 @@ class _Mix(torch.nn.Module):
 
     def __init__(self, n_embd: int, n_layer: int, layer_id: int) -> None:
         super().__init__()
-        n_embd, n_layer = _size(n_embd, "n_embd"), _size(n_layer, "n_layer")
+        n_embd, n_layer = expect_size(n_embd, "n_embd"), expect_size(n_layer, "n_layer")
         layer_id = expect_integer(layer_id, "layer_id")
         last = n_layer - 1
         expect(0 <= layer_id <= last, "layer_id", "0 to {last}", layer_id, last=last)
@@ -101,7 +102,7 @@ class RWKV4TimeMix(_Mix):
     ) -> None:
         super().__init__(n_embd, n_layer, layer_id)
         n_embd = self.n_embd
-        dim_att = n_embd if dim_att is None else _size(dim_att, "dim_att")
+        dim_att = n_embd if dim_att is None else expect_size(dim_att, "dim_att")
         options = dict(device=device, dtype=dtype)
         self.time_decay = Parameter(torch.empty(dim_att, **options))
         self.time_first = Parameter(torch.empty(dim_att, **options))
@@ -179,7 +180,7 @@ class RWKV4ChannelMix(_Mix):
     ) -> None:
         super().__init__(n_embd, n_layer, layer_id)
         n_embd = self.n_embd
-        dim_ffn = 4 * n_embd if dim_ffn is None else _size(dim_ffn, "dim_ffn")
+        dim_ffn = 4 * n_embd if dim_ffn is None else expect_size(dim_ffn, "dim_ffn")
         options = dict(device=device, dtype=dtype)
         self.time_mix_k = Parameter(torch.empty(1, 1, n_embd, **options))
         self.time_mix_r = Parameter(torch.empty(1, 1, n_embd, **options))
@@ -202,12 +203,6 @@ class RWKV4ChannelMix(_Mix):
         k = self.key(_mix(x, before, self.time_mix_k)).relu().square()
         r = self.receptance(_mix(x, before, self.time_mix_r)).sigmoid()
         return r * self.value(k), shift
-
-
-def _size(value: int, name: str) -> int:
-    value = expect_integer(value, name)
-    expect(value >= 1, name, "at least 1", value)
-    return value
 
 
 def _count(n: int) -> Tensor:

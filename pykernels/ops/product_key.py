@@ -12,14 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import expect, expect_alike, expect_tensor, expect_type
-from ..registry import FLOATS, INTERPRET, Sample, Workload, autocast, refuse_forward_mode, register, torch_op
+from ..checks import expect, expect_alike, expect_tensor
+from ..registry import INTERPRET, REFERENCE, Sample, Workload, autocast, register, torch_op
 from . import topk
-from .topk import apart, check_k, enlarged, grid, triton_search_declines
-from .weighted_gather import gather, gather_backward_op, gather_op
+from .topk import apart, check_k, check_rows, enlarged, grid, triton_search_declines
+from .weighted_gather import check_sparse, gather, gather_backward_op, gather_op, sparse_gather
 from .wkv4 import exact_of
-
-_DTYPES = (torch.float64, *FLOATS)
 
 
 def search(
@@ -42,12 +40,20 @@ def search(
 
 
 def lookup(search, gather):
-    """The memory made of a search and a gather: (output [N, 1, dv], weights [N, H, k], ids [N, H, k])."""
+    """The memory made of a search and a gather: (output [N, 1, dv], weights [N, H, k], ids [N, H, k]).
 
-    def look(query, sub_keys, values, k, *backend):
+    sparse: the gradient of values is.
+    """
+
+    def look(query, sub_keys, values, k, sparse, *backend):
         scores, ids = search(query, sub_keys, k, *backend)
         weights = scores.softmax(-1)
-        return gather(values, ids.flatten(1)[:, None], weights.flatten(1)[:, None], *backend), weights, ids
+        rows, shares = ids.flatten(1)[:, None], weights.flatten(1)[:, None]
+        if sparse:
+            output = sparse_gather(values, rows, shares, *(backend or (REFERENCE,)))
+        else:
+            output = gather(values[None], rows, shares, *backend)
+        return output, weights, ids
 
     return look
 
@@ -123,15 +129,21 @@ def _product_key_search(run, query: Tensor, sub_keys: Tensor, k: int) -> tuple[T
     Source: Lample et al., Large Memory Layers with Product Keys, 1907.05242, section 3.2.
     """
     query, sub_keys = autocast(query, sub_keys)
-    refuse_forward_mode("product_key_search", (query, sub_keys))
-    flat = _check_search(query, sub_keys, k)
+    flat, k = _check_search(query, sub_keys, k)
     scores, ids = run(flat, sub_keys, k)
     shape = (*query.shape[:-1], k)
     return scores.to(query.dtype).reshape(shape), ids.reshape(shape)
 
 
 def _product_key_memory(
-    run, query: Tensor, sub_keys: Tensor, values: Tensor, k: int, *, return_weights: bool = False
+    run,
+    query: Tensor,
+    sub_keys: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    return_weights: bool = False,
+    sparse_grad: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Product-key memory: per head the softmax over its k best of n² keys; their values, weighted, summed over heads.
 
@@ -141,6 +153,7 @@ def _product_key_memory(
         values: [n², dv] in query's dtype, for all heads.
         k: from 1 to n. (Triton's kernel: to 2048; above, the reference serves GPUs.)
         return_weights: return the weights and indices as well.
+        sparse_grad: the gradient of values is sparse, as in `weighted_gather`. The results are the same, to the bit.
 
     Returns:
         output [..., dv] in query's dtype, or (output, weights [..., H, k] in query's dtype, indices [..., H, k] int64).
@@ -153,10 +166,14 @@ def _product_key_memory(
     Source: Lample et al., 1907.05242, section 3; Berges et al., Memory Layers at Scale, 2412.09764, section 2.
     """
     query, sub_keys, values = autocast(query, sub_keys, values)
-    refuse_forward_mode("product_key_memory", (query, sub_keys, values))
-    flat = _check_search(query, sub_keys, k)
-    check_values(values, sub_keys)
-    output, weights, ids = run(flat, sub_keys, values[None], k)
+    flat, k = _check_search(query, sub_keys, k)
+    expect_tensor(values, "values", "[n², dv]")
+    rows = sub_keys.size(2) ** 2
+    expect(values.size(0) == rows, "values", "[{rows}, dv], a row for each pair of sub_keys", values, rows=rows)
+    expect_alike(values, "values", sub_keys, "sub_keys")
+    if sparse_grad:
+        check_sparse("product_key_memory")
+    output, weights, ids = run(flat, sub_keys, values, k, bool(sparse_grad))
     output = output.reshape(*query.shape[:-2], values.size(1))
     if not return_weights:
         return output
@@ -164,26 +181,18 @@ def _product_key_memory(
     return output, weights.to(query.dtype).reshape(shape), ids.reshape(shape)
 
 
-def check_values(values: Tensor, sub_keys: Tensor) -> None:
-    expect_tensor(values, "values", "[n², dv]")
-    n = sub_keys.size(2)
-    if values.size(0) != n * n:
-        expect(False, "values", f"[{n * n}, dv], a row for each pair of sub_keys", values)
-    expect_alike(values, "values", sub_keys, "sub_keys")
-
-
-def _check_search(query: Tensor, sub_keys: Tensor, k: int) -> Tensor:
-    """The query as [N, H, d]."""
-    expect_type(isinstance(query, Tensor) and query.dtype in _DTYPES, "query", "floating numbers [..., H, d]", query)
-    expect(query.dim() >= 2, "query", "rank 2 or more [..., H, d]", query)
+def _check_search(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, int]:
+    """(the query as [N, H, d], k)."""
+    check_rows(query, "query", "[..., H, d]", 2)
     H, d = query.shape[-2:]
     expect(d >= 2 and d % 2 == 0, "query", "an even d in [..., H, d]", query)
     expect_tensor(sub_keys, "sub_keys", "[H, 2, n, d/2]")
-    if (sub_keys.size(0), sub_keys.size(1), 2 * sub_keys.size(3)) != (H, 2, d):
+    fits = (sub_keys.size(0), sub_keys.size(1), 2 * sub_keys.size(3)) == (H, 2, d)
+    if not fits:
         expect(False, "sub_keys", f"[{H}, 2, n, {d // 2}] to match query", sub_keys)
     expect_alike(sub_keys, "sub_keys", query, "query")
-    check_k(k, sub_keys.size(2), "the number of sub-keys")
-    return query.flatten(0, -3) if query.dim() > 2 else query[None]
+    k = check_k(k, sub_keys.size(2), "the number of sub-keys")
+    return query.flatten(0, -3) if query.dim() > 2 else query[None], k
 
 
 # ------------------------------------------------------------------------------------------------ declaration
@@ -272,7 +281,7 @@ product_key_memory = register(
     _product_key_memory,
     kernel=lookup(search_op, gather_op),
     reference=lookup(search, gather),
-    supports={"cpu": lambda *_: None, "triton": lambda query, s, values, k: triton_search_declines(query, k)},
+    supports={"cpu": lambda *_: None, "triton": lambda query, s, values, k, sparse: triton_search_declines(query, k)},
     samples=[
         Sample("plain", _inputs(8, 6, (5,), 4, dv=7)),
         Sample("weights", lambda *a: _inputs(8, 6, (5,), 4, heads=2, dv=7)(*a) | dict(return_weights=True)),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..checks import expect, expect_alike, expect_type
+from ..checks import expect, expect_alike, expect_dtype, expect_integer, expect_number, expect_tensor, expect_type
 from ..registry import (
     FLOATS,
     INTERPRET,
@@ -27,7 +27,6 @@ from ..registry import (
     Sample,
     Workload,
     autocast,
-    refuse_forward_mode,
     register,
     torch_op,
     triton_declines,
@@ -194,10 +193,10 @@ def _topk_search(run, query: Tensor, keys: Tensor, k: int, *, scale: float = 1.0
     Source: the lookup of Lample et al., 1907.05242, and Berges et al., 2412.09764, over all keys.
     """
     query, keys = autocast(query, keys)
-    refuse_forward_mode("topk_search", (query, keys))
-    batched = _check_search(query, keys, k)
+    batched, k = _check_search(query, keys, k)
+    scale = float(expect_number(scale, "scale"))
     flat, keys = _flatten(query, keys, batched)
-    scores, indices = run(flat, keys, k, float(scale))
+    scores, indices = run(flat, keys, k, scale)
     shape = (*query.shape[:-1], k)
     return scores.to(query.dtype).reshape(shape), indices.reshape(shape)
 
@@ -233,15 +232,18 @@ def _topk_memory(
     Source: Berges et al., Memory Layers at Scale, 2412.09764, section 2.1.
     """
     query, keys, values = autocast(query, keys, values)
-    refuse_forward_mode("topk_memory", (query, keys, values))
-    batched = _check_search(query, keys, k)
-    expect_type(isinstance(values, Tensor), "values", "a tensor [M, dv]", values)
+    batched, k = _check_search(query, keys, k)
+    scale = float(expect_number(scale, "scale"))
+    expect_type(isinstance(values, Tensor), "values", "a tensor [M, dv] or [H, M, dv]", values)
+    layout = "[H, M, dv]" if values.dim() == 3 else "[M, dv]"
+    expect_tensor(values, "values", layout)
     tables = values.shape[:-1] in (keys.shape[:-1], keys.shape[-2:-1])
-    expect(tables, "values", f"{list(keys.shape[-2:-1])} rows to match keys", values)
+    if not tables:
+        expect(False, "values", f"{list(keys.shape[-2:-1])} rows to match keys", values)
     expect_alike(values, "values", query, "query")
     flat, keys = _flatten(query, keys, batched)
     values = values if values.dim() == 3 else values[None].expand(keys.size(0), -1, -1)
-    output, weights, indices = run(flat, keys, values, k, float(scale))
+    output, weights, indices = run(flat, keys, values, k, scale)
     output = output.reshape(*query.shape[:-1], values.size(2))
     if not return_weights:
         return output
@@ -249,28 +251,36 @@ def _topk_memory(
     return output, weights.to(query.dtype).reshape(shape), indices.reshape(shape)
 
 
-def _check_search(query: Tensor, keys: Tensor, k: int) -> bool:
-    """Whether each head has its own keys."""
-    expect_type(isinstance(query, Tensor) and query.dtype in _DTYPES, "query", "floating numbers [..., d]", query)
-    expect(query.dim() >= 1, "query", "rank 1 or more [..., d]", query)
+def _check_search(query: Tensor, keys: Tensor, k: int) -> tuple[bool, int]:
+    """(whether each head has its own keys, k)."""
+    check_rows(query, "query", "[..., d]", 1)
     expect_type(isinstance(keys, Tensor), "keys", "a tensor [M, d] or [H, M, d]", keys)
     expect(keys.dim() in (2, 3), "keys", "[M, d] or [H, M, d]", keys)
+    layout = "[H, M, d]" if keys.dim() == 3 else "[M, d]"
+    expect_tensor(keys, "keys", layout)
     expect_alike(keys, "keys", query, "query")
     d = query.size(-1)
     expect(d >= 1, "query", "d of 1 or more in [..., d]", query)
-    if keys.size(-1) != d:
-        expect(False, "keys", f"[M, {d}] to match query's last dimension", keys)
+    expect(keys.size(-1) == d, "keys", "[M, {d}] to match query's last dimension", keys, d=d)
     batched = keys.dim() == 3
     if batched and (query.dim() < 2 or query.size(-2) != keys.size(0)):
         expect(False, "query", f"[..., {keys.size(0)}, {d}] to match the heads of keys", query)
-    check_k(k, keys.size(-2), "the number of keys")
-    return batched
+    return batched, check_k(k, keys.size(-2), "the number of keys")
 
 
-def check_k(k: int, largest: int, what: str) -> None:
-    expect_type(isinstance(k, int) and not isinstance(k, bool), "k", "an integer", k)
-    if not 1 <= k <= largest:
-        expect(False, "k", f"from 1 to {what}, {largest}", k)
+def check_rows(value: Tensor, name: str, layout: str, rank: int) -> None:
+    """A dense floating tensor of any number of leading dimensions."""
+    expect_type(isinstance(value, Tensor), name, "a tensor {layout}", value, layout=layout)
+    expect_dtype(value, name, _DTYPES)
+    dense = value.layout is torch.strided and not value.is_nested
+    expect_type(dense, name, "a dense tensor {layout}", value, layout=layout)
+    expect(value.dim() >= rank, name, "rank {rank} or more {layout}", value, rank=rank, layout=layout)
+
+
+def check_k(k: int, largest: int, what: str) -> int:
+    k = expect_integer(k, "k")
+    expect(1 <= k <= largest, "k", "from 1 to {what}, {largest}", k, what=what, largest=largest)
+    return k
 
 
 def _flatten(query: Tensor, keys: Tensor, batched: bool) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..checks import can_read, expect, expect_alike, expect_device, expect_tensor, expect_type
+from ..checks import (
+    can_read,
+    expect,
+    expect_alike,
+    expect_device,
+    expect_dtype,
+    expect_shape,
+    expect_tensor,
+    expect_type,
+)
 from ..registry import (
     CPU,
     CUDA,
@@ -26,10 +35,11 @@ from ..registry import (
     Sample,
     Workload,
     autocast,
-    refuse_forward_mode,
+    is_autocast_on,
     register,
     second_order,
     torch_op,
+    transforming,
     triton_declines,
 )
 from .wkv4 import exact_of
@@ -92,10 +102,21 @@ class _SparseGather(torch.autograd.Function):
         return grad_values, None, grad_weights, None
 
 
+def sparse_gather(values: Tensor, indices: Tensor, weights: Tensor, backend: int) -> Tensor:
+    """The gather from one table, [M, dv], whose gradient of it is sparse."""
+    return _SparseGather.apply(values, indices, weights, backend)
+
+
+def check_sparse(name: str) -> None:
+    if torch.compiler.is_compiling() or transforming():
+        what = "torch.compile" if torch.compiler.is_compiling() else "torch.func"
+        raise NotImplementedError(f"{name}: {what} has no sparse gradients: use sparse_grad=False")
+
+
 def _reference(values: Tensor, indices: Tensor, weights: Tensor, sparse: bool) -> Tensor:
     _check_range(indices, values.size(0))
     if sparse:
-        return _SparseGather.apply(values, indices, weights, REFERENCE)
+        return sparse_gather(values, indices, weights, REFERENCE)
     return gather(values[None], indices, weights)
 
 
@@ -104,7 +125,7 @@ def _kernel(values: Tensor, indices: Tensor, weights: Tensor, sparse: bool, back
         _check_range(indices, values.size(0))
     try:
         if sparse:
-            return _SparseGather.apply(values, indices, weights, backend)
+            return sparse_gather(values, indices, weights, backend)
         return gather_op(values[None], indices, weights, backend)
     except RuntimeError:
         _check_range(indices, values.size(0))
@@ -277,7 +298,8 @@ def _weighted_gather(run, values: Tensor, indices: Tensor, weights: Tensor, *, s
             be had under torch.compile.
 
     Returns:
-        [..., dv] in values' dtype, summed in fp32 (fp64). Differentiable, twice too, in values and weights. The
+        [..., dv] in values' dtype, summed in fp32 (fp64); under autocast rounded to its dtype, whereas the table is
+        not, which would be to read all of it. Differentiable, twice too, in values and weights. The
         gradient of a row is summed in the order of the indices that hit it: the same bits in every run.
 
     Raises:
@@ -286,28 +308,27 @@ def _weighted_gather(run, values: Tensor, indices: Tensor, weights: Tensor, *, s
 
     The namesake in torch is `F.embedding_bag(indices, values, per_sample_weights=weights, mode="sum")`.
     """
-    (values,) = autocast(values)
-    refuse_forward_mode("weighted_gather", (values, weights))
     expect_tensor(values, "values", "[M, dv]", _DTYPES)
-    check_bags(indices, weights, values)
-    if sparse_grad and torch.compiler.is_compiling():
-        raise NotImplementedError("weighted_gather: torch.compile has no sparse gradients: use sparse_grad=False")
+    _check_bags(indices, weights, values)
+    if sparse_grad:
+        check_sparse("weighted_gather")
     *bags, k = indices.shape
     flat = (math.prod(bags), 1, k)
     weights = weights.reshape(flat).to(exact_of(values.dtype))
-    return run(values, indices.reshape(flat).long(), weights, sparse_grad).view(*bags, values.size(1))
+    out = run(values, indices.reshape(flat).long(), weights, bool(sparse_grad)).view(*bags, values.size(1))
+    return autocast(out)[0]
 
 
-def check_bags(indices: Tensor, weights: Tensor, values: Tensor) -> None:
-    integers = (torch.int32, torch.int64)
-    expect_type(isinstance(indices, Tensor) and indices.dtype in integers, "indices", "int32 or int64", indices)
+def _check_bags(indices: Tensor, weights: Tensor, values: Tensor) -> None:
+    expect_type(isinstance(indices, Tensor), "indices", "a tensor [..., k]", indices)
+    expect_dtype(indices, "indices", (torch.int32, torch.int64))
     expect(indices.dim() >= 1, "indices", "rank 1 or more [..., k]", indices)
     expect_device(indices, "indices", values, "values")
-    expect_type(isinstance(weights, Tensor), "weights", "a tensor [..., k]", weights)
-    if weights.shape != indices.shape:
-        expect(False, "weights", f"{list(indices.shape)} to match indices", weights)
+    expect_shape(weights, "weights", indices.shape, "indices")
     expect_device(weights, "weights", values, "values")
-    if weights.dtype != exact_of(values.dtype):
+    if weights.dtype != exact_of(values.dtype) and not (
+        weights.is_floating_point() and is_autocast_on(values.device.type)
+    ):
         expect_alike(weights, "weights", values, "values")
 
 
