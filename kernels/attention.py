@@ -89,8 +89,8 @@ def _forward(
         H, GROUP, N, M, S, steps, blocks, splits, part, pages, left, right, scale, softcap, threshold, inv_keep,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr,
         LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FLIP: tl.constexpr, ALIGN: tl.constexpr,
-        PACK: tl.constexpr, SPLIT: tl.constexpr, BULK: tl.constexpr, BY_FMA: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr):
+        PACK: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr, BULK: tl.constexpr, BY_FMA: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     EXACT: tl.constexpr = (q_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     FOREIGN: tl.constexpr = (lengths_ptr is not None) or (cu_k_ptr is not None)
@@ -99,6 +99,8 @@ def _forward(
     unit = _unit(bias_ptr, slopes_ptr, scale, softcap, SOFTCAP)
     factor = unit * LOG2E
     pid = tl.program_id(0)
+    if ONE:  # block, as where few queries meet a cache
+        blocks = 1
     slot = pid % blocks
     if RIGHT:
         slot = blocks - 1 - slot  # the longest rows first
@@ -672,7 +674,7 @@ def forward(query, key, value, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu
         query.stride(), key.stride(), value.stride(), _broadcast(bias), _broadcast(alibi_slopes), part_strides,
         H, group, N, M, S, steps, blocks, splits, B * H * N, pages, *windows, multiplier, softcap, *dropout,
         D, DV, _padded(D), _padded(DV), page, *sides, _softcap_kind(softcap), scale < 0, align_lengths, pack,
-        splits > 1, bulk, by_fma, block_m, block_n, **options)
+        N <= 64 and blocks == 1, splits > 1, bulk, by_fma, block_m, block_n, **options)
     if splits > 1:
         _merge[(triton.cdiv(B * H * N, 16),)](
             part, part_lse, out, lse, out.stride(), H, N, B * H * N, splits,
