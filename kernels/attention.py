@@ -19,10 +19,10 @@ Query i has position p = i + offset and sees key j when p − left ≤ j ≤ p +
 
 Nothing is shared between programs and nothing is atomic, so results are the same from run to run. Each pass over the
 blocks has up to three loops: only the first and the last, where windows and ragged ends cut through tiles, pay for
-masks. Exponentials are base 2. Where there is a bias, lse may be so large that, rounded, it has lost the logarithm of
-a sum: _grad_q then sums P itself, and leaves log2 of the sum to the other kernels. Without one, gradients are right up
-to scores of 1e9: beyond, lse's rounding exceeds the exponent's range. Streamed tiles come through tensor descriptors
-where the hardware has them (sm_90 on): with pointers, the addresses alone cost the backward its registers.
+masks. Exponentials are base 2. A large lse, rounded, has lost the logarithm of its sum, and from 1e9 on its rounding
+exceeds the exponent's range: for a block with such a row, _grad_q finds maximum and sum again. Streamed tiles come
+through tensor descriptors where the hardware has them (sm_90 on): with pointers, the addresses alone cost the backward
+its registers.
 
 Where the special-function unit would limit the forward, some columns' exponentials are a cubic on the FMA units
 (_exp2, BY_FMA): of 66 operations a pass 64 are left to it at D = 64 on sm_90, 61 and 63 at D = 64 and 128 on sm_100.
@@ -42,6 +42,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention_tiles import (
+    LARGE,
     LOG2E,
     LOWEST,
     LOWEST_64,
@@ -67,6 +68,7 @@ from .attention_tiles import (
     _store,
     _stream,
     _tiles,
+    _unit,
 )
 
 MAX_HEAD_DIM = 256
@@ -76,25 +78,26 @@ MAX_HEAD_DIM = 256
 # strides: (batch, head, row, column) in elements. N, M: rows of the query and key axes (packed: of all S sequences).
 # blocks: slots of the owned axis, see _locate. left, right, scale, softcap, threshold, inv_keep: as in the equations.
 # One compilation serves all counts and windows, and but for these all lengths: a single query has kernels of its own,
-# and where N is the distance of rows of lse and Δ (a split's: count), its being a multiple of 16 makes loads wide.
+# and where N is the distance of rows of lse and Δ (a split's: count), its being a multiple of 16 makes loads wide, as
+# does M's of the loads of a bias, which it masks.
 
-_COUNTS = ["B", "M", "S", "steps", "blocks", "part", "pages", "left", "right", "bias_B"]
+_COUNTS = ["B", "S", "steps", "blocks", "part", "pages", "left", "right", "bias_B"]
 
-@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=["N", "splits"])
+@triton.jit(do_not_specialize=[*_COUNTS, "M"], do_not_specialize_on_alignment=["N", "splits"])
 def _forward(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, table_ptr, seed_ptr, out_ptr,
         lse_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, out_strides,
         H, GROUP, N, M, S, steps, blocks, splits, part, pages, left, right, scale, softcap, threshold, inv_keep,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr,
         LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FLIP: tl.constexpr, ALIGN: tl.constexpr,
-        PACK: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr, BULK: tl.constexpr, BY_FMA: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        PACK: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr, BULK: tl.constexpr,
+        BY_FMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     EXACT: tl.constexpr = (q_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     FOREIGN: tl.constexpr = (lengths_ptr is not None) or (cu_k_ptr is not None)
     SCORED: tl.constexpr = (bias_ptr is not None) or (slopes_ptr is not None) or SOFTCAP
     LOW: tl.constexpr = LOWEST_64 if ACC == tl.float64 else LOWEST
-    unit = 1.0 if SCORED else scale
+    unit = _unit(bias_ptr, slopes_ptr, scale, softcap, SOFTCAP)
     factor = unit * LOG2E
     pid = tl.program_id(0)
     if ONE:  # block, as where few queries meet a cache
@@ -114,6 +117,8 @@ def _forward(
     if block * BLOCK_M >= count:
         return
     length, offset = _length(lengths_ptr, b, n, m, ALIGN)
+    if EVEN:  # as it is: so that the compiler can tell, and a bias's masked loads are wide
+        length = length // 16 * 16
 
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < count
@@ -229,16 +234,16 @@ def _merge(part_ptr, part_top_ptr, out_ptr, lse_ptr, out_strides, H, N, count, s
 @triton.jit(do_not_specialize=_COUNTS)
 def _grad_q(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, do_ptr, out_ptr, lse_ptr,
-        dlse_ptr, dq_ptr, lse2_ptr, delta_ptr, low_ptr, dslope_ptr, q_strides, k_strides, v_strides, bias_strides,
+        dlse_ptr, dq_ptr, top_ptr, low_ptr, delta_ptr, dslope_ptr, q_strides, k_strides, v_strides, bias_strides,
         slopes_strides, do_strides, out_strides, dlse_strides, dq_strides,
-        H, GROUP, N, M, S, steps, blocks, left, right, scale, softcap, threshold, inv_keep,
+        H, GROUP, N, M, S, steps, blocks, left, right, scale, multiplier, softcap, threshold, inv_keep,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
-        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BULK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FLIP: tl.constexpr, BULK: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr):
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     EXACT: tl.constexpr = (q_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     FOREIGN: tl.constexpr = (lengths_ptr is not None) or (cu_k_ptr is not None)
-    SCORED: tl.constexpr = (bias_ptr is not None) or (slopes_ptr is not None) or SOFTCAP
-    factor = LOG2E if SCORED else scale * LOG2E
+    factor = _unit(bias_ptr, slopes_ptr, multiplier, softcap, SOFTCAP) * LOG2E
     pid = tl.program_id(0)
     slot = pid % blocks
     if RIGHT:
@@ -259,16 +264,15 @@ def _grad_q(
     do = _load(_base(do_ptr, b, h, q_first, do_strides), wide * do_strides[2], valid, do_strides[3], DV, BLOCK_DV)
     out = _load(_base(out_ptr, b, h, q_first, out_strides), wide * out_strides[2], valid, out_strides[3], DV, BLOCK_DV)
     lse = tl.load(lse_ptr + row + i, mask=valid, other=float("-inf"))
-    if not SCORED:
-        lse *= LOG2E
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # so P = 0 in fully masked and absent rows
+    dead = lse == float("-inf")  # fully masked and absent rows: P = 0
     delta = tl.sum(do.to(ACC) * out.to(ACC), 1)  # [BLOCK_M]
     if dlse_ptr is not None:
         delta -= tl.load(_base(dlse_ptr, b, h, q_first, dlse_strides) + wide * dlse_strides[2], mask=valid, other=0)
-    delta = tl.where(lse == float("inf"), 0.0, delta)
-    tl.store(lse2_ptr + row + i, lse, mask=valid)
+    delta = tl.where(dead, 0.0, delta)
     tl.store(delta_ptr + row + i, delta, mask=valid)
     q = _load(_base(q_ptr, b, h, q_first, q_strides), wide * q_strides[2], valid, q_strides[3], D, BLOCK_D)
+    if FLIP:  # as in the forward
+        q = -q
     if bias_ptr is not None:
         bias_ptr = _base(bias_ptr, b, h, 0, bias_strides)
     slope = _load_slope(slopes_ptr, b, h, slopes_strides)
@@ -276,11 +280,37 @@ def _grad_q(
     first = block * BLOCK_M + offset
     last = tl.minimum(block * BLOCK_M + BLOCK_M, n) - 1 + offset
     edges = _tiles(first, last, length, left, right, LEFT, RIGHT, BLOCK_N)
-    low = _low(p, left, LEFT)
-    high = _high(p, length, right, RIGHT)
+    first_seen = _low(p, left, LEFT)
+    last_seen = _high(p, length, right, RIGHT)
+
+    top = tl.zeros((BLOCK_M,), ACC)
+    low = tl.where(dead, float("inf"), lse * LOG2E)
+    is_large = (tl.abs(lse) > LARGE) & (dead == 0)
+    if tl.max(is_large.to(tl.int32)) > 0:
+        best = tl.full((BLOCK_M,), LOWEST_64 if ACC == tl.float64 else LOWEST, ACC)
+        total = tl.zeros((BLOCK_M,), ACC)
+        for phase in tl.static_range(0 if LEFT else 1, 3):
+            for start in tl.range(edges[phase], edges[phase + 1], BLOCK_N):
+                j = start + tl.arange(0, BLOCK_N)
+                limit = length if phase != 1 else None
+                k = _stream(k_ptr, b, hk, k_first, start, j, limit, k_strides, D, BLOCK_D, BULK, FOREIGN)
+                s = _products(q, k, ACC)  # [BLOCK_M, BLOCK_N]
+                bias = None
+                if bias_ptr is not None:
+                    bias = _load_bias(bias_ptr, i[:, None], j[None, :], n, length, bias_strides, phase != 1)
+                s, _ = _scores(s, p[:, None], j[None, :], bias, slope, j[None, :], _rows(first_seen), _rows(last_seen),
+                               multiplier, softcap, SOFTCAP, EXACT, phase != 1)
+                new = tl.maximum(best, tl.max(s, 1))
+                prob = tl.exp2((s - new[:, None]) * factor)
+                total = total * tl.exp2((best - new) * factor) + tl.sum(prob, 1)
+                best = new
+        top = tl.where(is_large, best, top)
+        low = tl.where(is_large, tl.log2(tl.where(total == 0, 1.0, total)), low)
+    tl.store(top_ptr + row + i, top, mask=valid)
+    tl.store(low_ptr + row + i, low, mask=valid)
+
     dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     dslope = tl.zeros((BLOCK_M,), ACC)
-    total = tl.zeros((BLOCK_M,), ACC)
     for phase in tl.static_range(0 if LEFT else 1, 3):
         for start in tl.range(edges[phase], edges[phase + 1], BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
@@ -291,14 +321,12 @@ def _grad_q(
             bias = None
             if bias_ptr is not None:
                 bias = _load_bias(bias_ptr, i[:, None], j[None, :], n, length, bias_strides, phase != 1)
-            s, slack = _scores(s, p[:, None], j[None, :], bias, slope, j[None, :], _rows(low), _rows(high), scale,
-                               softcap, SOFTCAP, EXACT, phase != 1)
+            s, slack = _scores(s, p[:, None], j[None, :], bias, slope, j[None, :], _rows(first_seen), _rows(last_seen),
+                               multiplier, softcap, SOFTCAP, EXACT, phase != 1)
             keep = None
             if seed_ptr is not None:
                 keep = _keep(seed_ptr, i, start, b * H + h, threshold, BLOCK_N)
-            prob = _probabilities(s, lse[:, None], None, factor, SCORED)
-            if low_ptr is not None:
-                total += tl.sum(prob, 1)
+            prob = _probabilities(s, top[:, None], low[:, None], factor)
             dp = _dropped(_products(do, v, ACC), keep, inv_keep)  # [BLOCK_M, BLOCK_N]
             ds = _grad_scores(prob, dp, delta[:, None], bias, phase != 1)
             if dslope_ptr is not None:
@@ -307,11 +335,6 @@ def _grad_q(
                 ds = ds * slack
             dq = _dot(ds.to(k.dtype), k, dq)  # [BLOCK_M, D]
 
-    if low_ptr is not None:
-        total = tl.where(total == 0, 1.0, total)
-        dq /= total[:, None]
-        dslope /= total
-        tl.store(low_ptr + row + i, tl.log2(total), mask=valid)
     _store(_base(dq_ptr, b, h, q_first, dq_strides), wide * dq_strides[2], valid, dq_strides[3], dq * scale, D, BLOCK_D)
     if dslope_ptr is not None:
         tl.store(dslope_ptr + row + i, dslope, mask=valid)
@@ -319,17 +342,17 @@ def _grad_q(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _grad_kv(
-        q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, do_ptr, lse2_ptr,
-        delta_ptr, low_ptr, dk_ptr, dv_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides,
-        dk_strides, dv_strides, H, GROUP, N, M, S, steps, blocks, left, right, scale, softcap, threshold, inv_keep,
+        q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, do_ptr, top_ptr,
+        low_ptr, delta_ptr, dk_ptr, dv_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides,
+        dk_strides, dv_strides, H, GROUP, N, M, S, steps, blocks, left, right, scale, multiplier, softcap, threshold,
+        inv_keep,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
-        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BULK: tl.constexpr, GQA: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr):
-    ACC: tl.constexpr = lse2_ptr.dtype.element_ty
+        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FLIP: tl.constexpr, BULK: tl.constexpr, GQA: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    ACC: tl.constexpr = top_ptr.dtype.element_ty
     EXACT: tl.constexpr = (k_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     FOREIGN: tl.constexpr = cu_q_ptr is not None
-    SCORED: tl.constexpr = (bias_ptr is not None) or (slopes_ptr is not None) or SOFTCAP
-    factor = LOG2E if SCORED else scale * LOG2E
+    factor = _unit(bias_ptr, slopes_ptr, multiplier, softcap, SOFTCAP) * LOG2E
     pid = tl.program_id(0)
     heads = H // GROUP
     b = pid // blocks // heads
@@ -342,6 +365,8 @@ def _grad_kv(
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     wide = j.to(tl.int64)
     k = _load(_base(k_ptr, b, hk, k_first, k_strides), wide * k_strides[2], j < length, k_strides[3], D, BLOCK_D)
+    if FLIP:
+        k = -k
     v = _load(_base(v_ptr, b, hk, k_first, v_strides), wide * v_strides[2], j < length, v_strides[3], DV, BLOCK_DV)
 
     # The queries that see these keys: the windows change places. Keys beyond the length are seen by none,
@@ -351,8 +376,8 @@ def _grad_kv(
     count = tl.where(block * BLOCK_N < length, n, 0)
     edges = _tiles(first, last, count, right, left, RIGHT, LEFT, BLOCK_M)
     edges = (edges[0], edges[1], tl.where(block * BLOCK_N + BLOCK_N <= length, edges[2], edges[1]), edges[3])
-    low = tl.where(j < length, (j - (offset + right)) if RIGHT else 0, 2**31 - 1)  # [BLOCK_N]
-    high = j + (left + 1 - offset) if LEFT else None
+    first_seeing = tl.where(j < length, (j - (offset + right)) if RIGHT else 0, 2**31 - 1)  # [BLOCK_N]
+    last_seeing = j + (left + 1 - offset) if LEFT else None
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
@@ -373,16 +398,14 @@ def _grad_kv(
             if bias_ptr is not None:
                 bias_base = _base(bias_ptr, b, h, 0, bias_strides)
                 bias = _load_bias(bias_base, i[None, :], j[:, None], n, length, bias_strides, phase != 1)
-            s, slack = _scores(s, p[None, :], j[:, None], bias, slope, i[None, :], low[:, None], _rows(high),
-                               scale, softcap, SOFTCAP, EXACT, phase != 1)
+            s, slack = _scores(s, p[None, :], j[:, None], bias, slope, i[None, :], first_seeing[:, None],
+                               _rows(last_seeing), multiplier, softcap, SOFTCAP, EXACT, phase != 1)
             keep = None
             if seed_ptr is not None:
                 keep = tl.trans(_keep(seed_ptr, i, block * BLOCK_N, b * H + h, threshold, BLOCK_N))
-            lse = _load_rows(lse2_ptr + row, i, limit, float("inf"))  # [BLOCK_M]
-            low_row = None
-            if low_ptr is not None:
-                low_row = _load_rows(low_ptr + row, i, limit, 0)[None, :]
-            prob = _probabilities(s, lse[None, :], low_row, factor, SCORED)
+            top = _load_rows(top_ptr + row, i, limit, 0)  # [BLOCK_M]
+            low = _load_rows(low_ptr + row, i, limit, float("inf"))
+            prob = _probabilities(s, top[None, :], low[None, :], factor)
             dv = _dot(_dropped(prob, keep, inv_keep).to(do.dtype), do, dv)  # [BLOCK_N, DV]
             dp = _dropped(_products(v, do, ACC), keep, inv_keep)  # [BLOCK_N, BLOCK_M]
             delta = _load_rows(delta_ptr + row, i, limit, 0)  # [BLOCK_M]
@@ -399,14 +422,14 @@ def _grad_kv(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _grad_bias(
-        q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, seed_ptr, do_ptr, lse2_ptr, delta_ptr, low_ptr,
+        q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, seed_ptr, do_ptr, top_ptr, low_ptr, delta_ptr,
         dbias_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, do_strides, dbias_strides,
-        B, H, GROUP, N, M, left, right, scale, softcap, threshold, inv_keep, bias_B, bias_H,
+        B, H, GROUP, N, M, left, right, scale, multiplier, softcap, threshold, inv_keep, bias_B, bias_H,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
-        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ONE_N: tl.constexpr, ONE_M: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr):
+        RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FLIP: tl.constexpr, ONE_N: tl.constexpr, ONE_M: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """ONE_N, ONE_M: the bias has one row, one column."""
-    ACC: tl.constexpr = lse2_ptr.dtype.element_ty
+    ACC: tl.constexpr = top_ptr.dtype.element_ty
     EXACT: tl.constexpr = (q_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     row_tiles = tl.cdiv(N, BLOCK_M)
     col_tiles = tl.cdiv(M, BLOCK_N)
@@ -433,24 +456,26 @@ def _grad_bias(
         wide_i = i.to(tl.int64)
         wide_j = j.to(tl.int64)
         row = (b.to(tl.int64) * H + h) * N
-        lse = _load_rows(lse2_ptr + row, i, N, float("inf"))
+        top = _load_rows(top_ptr + row, i, N, 0)
+        low = _load_rows(low_ptr + row, i, N, float("inf"))
         delta = _load_rows(delta_ptr + row, i, N, 0)
-        low_row = _load_rows(low_ptr + row, i, N, 0)
         q = _load(_base(q_ptr, b, h, 0, q_strides), wide_i * q_strides[2], i < N, q_strides[3], D, BLOCK_D)
+        if FLIP:
+            q = -q
         do = _load(_base(do_ptr, b, h, 0, do_strides), wide_i * do_strides[2], i < N, do_strides[3], DV, BLOCK_DV)
         k = _load(_base(k_ptr, b, hk, 0, k_strides), wide_j * k_strides[2], j < length, k_strides[3], D, BLOCK_D)
         v = _load(_base(v_ptr, b, hk, 0, v_strides), wide_j * v_strides[2], j < length, v_strides[3], DV, BLOCK_DV)
         s = _products(q, k, ACC)  # [BLOCK_M, BLOCK_N]
         bias_base = _base(bias_ptr, b, h, 0, bias_strides)
         bias = _load_bias(bias_base, i[:, None], j[None, :], N, length, bias_strides, True)
-        low = _low(p, left, LEFT)
-        high = _high(p, length, right, RIGHT)
+        first_seen = _low(p, left, LEFT)
+        last_seen = _high(p, length, right, RIGHT)
         s, _ = _scores(s, p[:, None], j[None, :], bias, _load_slope(slopes_ptr, b, h, slopes_strides), j[None, :],
-                       _rows(low), _rows(high), scale, softcap, SOFTCAP, EXACT, True)
+                       _rows(first_seen), _rows(last_seen), multiplier, softcap, SOFTCAP, EXACT, True)
         keep = None
         if seed_ptr is not None:
             keep = _keep(seed_ptr, i, start_j, b * H + h, threshold, BLOCK_N)
-        prob = _probabilities(s, lse[:, None], low_row[:, None], LOG2E, True)
+        prob = _probabilities(s, top[:, None], low[:, None], LOG2E)
         dp = _dropped(_products(do, v, ACC), keep, inv_keep)  # [BLOCK_M, BLOCK_N]
         acc += _grad_scores(prob, dp, delta[:, None], bias, True)
 
@@ -585,6 +610,11 @@ def _plan(query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, seed
     return pack, max(1, min(wanted, M // (4 * block_n))), (block_m, block_n), options
 
 
+def _multiplier(scale):
+    """Of products, whose sign FLIP takes; not 0, which would make a NaN of a masked score"""
+    return max(abs(scale), 1e-30)
+
+
 def _softcap_kind(softcap):
     """False: none; 2: so large that it would multiply the cancellation of a tanh near 0; else True"""
     return 2 if softcap > 256 else softcap > 0
@@ -640,18 +670,19 @@ def forward(query, key, value, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu
     if splits > 1:
         part, part_lse, part_strides = scratch, scratch[splits * B * H * N * DV:], (H * N * DV, N * DV, DV, 1)
     k, v, bulk = (key, value, False) if block_table is not None else _bulk(block_n, key, value)
-    multiplier = max(abs(scale), 1e-30)  # not 0, which makes a NaN of a masked score
+    multiplier = _multiplier(scale)
     by_fma = BY_FMA.get((_target(), max(64, _padded(max(D, DV)))), 0) if query.dtype.itemsize == 2 else 0
     _forward[(blocks * splits * B * (Hk if pack else H),)](
         query, k, v, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, block_table, seed, part, part_lse,
         query.stride(), key.stride(), value.stride(), _broadcast(bias), _broadcast(alibi_slopes), part_strides,
         H, group, N, M, S, steps, blocks, splits, B * H * N, pages, *windows, multiplier, softcap, *dropout,
         D, DV, _padded(D), _padded(DV), page, *sides, _softcap_kind(softcap), scale < 0, align_lengths, pack,
-        N <= 64 and blocks == 1, splits > 1, bulk, by_fma, block_m, block_n, **options)
+        N <= 64 and blocks == 1, bias is not None and key_lengths is None and M % 16 == 0, splits > 1, bulk, by_fma,
+        block_m, block_n, **options)
     if splits > 1:
         _merge[(triton.cdiv(B * H * N, 16),)](
             part, part_lse, out, lse, out.stride(), H, N, B * H * N, splits,
-            1.0 if softcap > 0 or bias is not None or alibi_slopes is not None else multiplier, DV, _padded(DV), 16)
+            1.0 if bias is not None or alibi_slopes is not None else softcap or multiplier, DV, _padded(DV), 16)
 
 
 def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes, key_lengths, cu_seqlens_q,
@@ -666,33 +697,32 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes
     B, H, N, D = query.shape
     Hk, M, DV = key.shape[1], key.shape[2], value.shape[3]
     group = H // Hk if Hk else 1
-    lse2, delta, low = scratch
-    low = None if bias is None else low
+    top, low, delta = scratch
     scored = softcap > 0 or any(x is not None for x in (bias, alibi_slopes, seed))
     windows, dropout, sides = _masks(query, M, window_left, window_right, dropout_p)
     extras = bias, alibi_slopes, key_lengths
     strides = (query.stride(), key.stride(), value.stride(), _broadcast(bias), _broadcast(alibi_slopes),
                grad_out.stride())
-    scalars = *windows, scale, softcap, *dropout
-    constants = D, DV, _padded(D), _padded(DV), *sides, _softcap_kind(softcap)
+    scalars = *windows, scale, _multiplier(scale), softcap, *dropout
+    constants = D, DV, _padded(D), _padded(DV), *sides, _softcap_kind(softcap), scale < 0
     if B * H * N:
         (block_m, block_n), options = _config("grad_q", query, value, scored, cu_seqlens_q is not None)
         S, steps, blocks = _packed(N, block_m, cu_seqlens_q)
         k, v, bulk = _bulk(block_n, key, value)
         _grad_q[(blocks * B * H,)](
-            query, k, v, *extras, cu_seqlens_q, cu_seqlens_k, seed, grad_out, out, lse, grad_lse, grad_query, lse2,
-            delta, low, grad_slopes, *strides, out.stride(), () if grad_lse is None else grad_lse.stride(),
+            query, k, v, *extras, cu_seqlens_q, cu_seqlens_k, seed, grad_out, out, lse, grad_lse, grad_query, top,
+            low, delta, grad_slopes, *strides, out.stride(), () if grad_lse is None else grad_lse.stride(),
             grad_query.stride(), H, group, N, M, S, steps, blocks, *scalars, *constants, bulk, block_m, block_n,
             **options)
     if B * Hk * M:
         if window_right < 0:  # as a window that reaches everything: without its branch the compiler spills (40 bytes)
             scalars = windows[0], N + M, *scalars[2:]
-            constants = *constants[:5], True, constants[6]
+            constants = *constants[:5], True, *constants[6:]
         (block_m, block_n), options = _config("grad_kv", query, value, scored, cu_seqlens_q is not None)
         S, steps, blocks = _packed(M, block_n, cu_seqlens_k)
         q, do, bulk = _bulk(block_m, query, grad_out)
         _grad_kv[(blocks * B * Hk,)](
-            q, key, value, *extras, cu_seqlens_q, cu_seqlens_k, seed, do, lse2, delta, low, grad_key, grad_value,
+            q, key, value, *extras, cu_seqlens_q, cu_seqlens_k, seed, do, top, low, delta, grad_key, grad_value,
             *strides, grad_key.stride(), grad_value.stride(),
             H, group, N, M, S, steps, blocks, *scalars, *constants, bulk, group > 1, block_m, block_n, **options)
     if grad_bias is not None and grad_bias.numel():
@@ -701,7 +731,7 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes
         one_n, one_m = bias_N == 1, bias_M == 1
         tiles = (1 if one_n else triton.cdiv(N, block_m)) * (1 if one_m else triton.cdiv(M, block_n))
         _grad_bias[(tiles * bias_B * bias_H,)](
-            query, key, value, *extras, seed, grad_out, lse2, delta, low, grad_bias, *strides, grad_bias.stride(),
+            query, key, value, *extras, seed, grad_out, top, low, delta, grad_bias, *strides, grad_bias.stride(),
             B, H, group, N, M, *scalars, bias_B, bias_H, *constants, one_n, one_m, block_m, block_n, **options)
 
 
@@ -709,4 +739,6 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, bias, alibi_slopes
 AUDIT_EXCEPTIONS = [
     dict(kernel="_grad_q", check="spill", where={"BLOCK_D": 256, "dtype": "float32"},
          reason="five fp32 tiles 256 wide do not fit in the registers whatever the tile; half precision does"),
+    dict(kernel="_grad_q", check="spill", where={"BLOCK_D": 128, "BULK": False},
+         reason="40 bytes on sm_80, in no loop: what the rarely run pass over rows of huge scores adds"),
 ]

@@ -2,15 +2,17 @@
 
   S ← cap · tanh(scale · q·k / cap) + bias − slope · |p − j|, −inf where masked;  P = e^(S − lse);  dS = P ∘ (dP − Δ)
 
-Scores that are products alone stay unscaled; all others are in natural units: base 2 comes after the difference from a
-maximum or lse, for s · log2 e, rounded, is off by more than an exponent holds from s = 1e9 on, and infinite at 3e38.
-Nothing here loops over a sequence or knows which gradient is wanted. A bare `return` gives None, which Triton
-3.6 returns in no other way.
+Scores have a unit (_unit), by which they are multiplied after the difference from a maximum: s · unit, rounded, is off
+by more than an exponent holds from 1e9 on, and infinite at 3e38. A product would join that difference in one operation,
+which does not round it as its maximum was rounded: so a score is no product of another.
+Nothing here loops over a sequence or knows which gradient is wanted. A bare `return` gives None,
+which Triton 3.6 returns in no other way.
 """
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGE = tl.constexpr(1024.0)  # |lse| from which on its rounding is too much for an exponent
 # Finite numbers that no score is below: subtracting them never makes a NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOWEST_64 = tl.constexpr(-1.7976931348623157e308)
@@ -235,18 +237,27 @@ def _tanh(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _unit(bias_ptr, slopes_ptr, scale, softcap, SOFTCAP: tl.constexpr):
+    """What scores are multiples of: 1 where something was added to them"""
+    if (bias_ptr is not None) or (slopes_ptr is not None):
+        return 1.0
+    else:
+        return softcap if SOFTCAP else scale
+
+
+@triton.jit
 def _scores(s, p, j, bias, slope, x, low, high, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
             MASKED: tl.constexpr):
-    """Products s = q·k -> (scores, −inf where masked, unscaled if they are products alone; derivative of the softcap).
+    """Products s = q·k -> (scores in their unit, −inf where masked; derivative of the softcap).
     MASKED: the streamed index x is seen by an owned row from its low up to its high: bounds by row, since a thread
     holds few rows."""
     slack = 1.0
     if SOFTCAP:
         t = _tanh(s * (scale / softcap), EXACT)
-        s = t * softcap
         slack = 1 - t * t
-    elif (bias is not None) or (slope is not None):
-        s = s * scale
+        s = t
+    if (bias is not None) or (slope is not None):
+        s *= softcap if SOFTCAP else scale
     if bias is not None:
         if bias.dtype == tl.int1:
             s = tl.where(bias, s, float("-inf"))
@@ -296,15 +307,9 @@ def _exp2(x, BY_FMA: tl.constexpr):
 
 
 @triton.jit
-def _probabilities(s, lse, low, factor, SCORED: tl.constexpr):
-    """Scores s, lse (in base 2 unless SCORED), low (base 2, or None): what lse, rounded, leaves -> P"""
-    if SCORED:
-        s = (s - lse) * factor
-        if low is not None:
-            s -= low
-        return tl.exp2(s)
-    else:
-        return tl.exp2(s * factor - lse)
+def _probabilities(s, top, low, factor):
+    """Scores, top in their unit, low in base 2 (of infinity, P is 0) -> P = 2^((s − top) · factor − low)"""
+    return tl.exp2((s - top) * factor - low)
 
 
 @triton.jit

@@ -284,7 +284,7 @@ def test_tables_under_their_former_name_are_loaded():
 
 DISTRIBUTED = """
 import sys, torch, torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from pykernels.nn import MemoryLayer
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -301,13 +301,15 @@ for m in (alone, model):
     torch.optim.SparseAdam([table], lr=0.1).step()
 torch.testing.assert_close(copy.table, alone.table)
 mesh = dist.init_device_mesh("cpu", (1,))
-alone.values.weight = torch.nn.Parameter(DTensor.from_local(alone.table.detach(), mesh, [Shard(0)]))
-try:
-    alone(x)
-except TypeError as error:
-    assert "sparse_grad: expected False where the table is no parameter of its own, as under FSDP" in str(error), error
-else:
-    raise AssertionError("a sharded table was taken")
+shared = torch.nn.Embedding(36, 16, sparse=True)
+for m, owner in ((copy, copy), (MemoryLayer(16, 6, 2, 2, sparse_grad=True, values=shared), shared)):
+    try:
+        fully_shard(owner, mesh=mesh)
+        m(x)
+    except TypeError as error:
+        assert "sparse_grad: expected False where the table is sharded, as under FSDP" in str(error), error
+    else:
+        raise AssertionError("a sharded table was taken")
 dist.destroy_process_group()
 """
 

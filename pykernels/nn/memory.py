@@ -109,7 +109,7 @@ class MemoryLayer(Module):
         self.values = None
         if values is None:  # DistributedDataParallel expects sparse gradients of embeddings alone
             table = torch.empty(num_keys * num_keys, value_dim, **options)
-            self.values = Embedding(*table.shape, _weight=table, sparse=sparse_grad)
+            self.values = _Table(*table.shape, _weight=table, sparse=sparse_grad)
         self.register_load_state_dict_pre_hook(_rename_table)
         self.gate = Linear(dim, value_dim, bias=False, **options) if gate else None
         self.output = Linear(value_dim, dim, bias=False, **options)
@@ -146,8 +146,8 @@ class MemoryLayer(Module):
             query = self.query_norm(query)
         table = self.table
         if self.sparse_grad:
-            plain = isinstance(table, Parameter) and type(table).__torch_dispatch__ is Tensor.__torch_dispatch__
-            expect_type(plain, "sparse_grad", "False where the table is no parameter of its own, as under FSDP", table)
+            plain = isinstance(table, Parameter) and not hasattr(table, "device_mesh")
+            expect_type(plain, "sparse_grad", "False where the table is sharded, as under FSDP", table)
         on = is_autocast_on(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if on else contextlib.nullcontext():
             y = product_key_memory(query.to(self.keys.dtype), self.keys, table, self.k, sparse_grad=self.sparse_grad)
@@ -160,6 +160,13 @@ class MemoryLayer(Module):
         sparse = ", sparse_grad=True" if self.sparse_grad else ""
         sizes = f"{self.dim}, num_keys={self.num_keys}, k={self.k}, heads={self.heads}"
         return f"{sizes}, key_dim={self.key_dim}, value_dim={self.value_dim}{shared}{sparse}"
+
+
+class _Table(Embedding):
+    def __setattr__(self, name: str, value) -> None:
+        if name == "weight" and hasattr(value, "device_mesh") and self.sparse:  # from fully_shard, to which it is news
+            expect_type(False, "sparse_grad", "False where the table is sharded, as under FSDP", value)
+        super().__setattr__(name, value)
 
 
 def memory_parameter_groups(model: Module, *, values_lr: float) -> list[dict]:
