@@ -78,19 +78,20 @@ MAX_HEAD_DIM = 256
 # strides: (batch, head, row, column) in elements. N, M: rows of the query and key axes (packed: of all S sequences).
 # blocks: slots of the owned axis, see _locate. left, right, scale, softcap, threshold, inv_keep: as in the equations.
 # One compilation serves all counts and windows, and but for these all lengths: a single query has kernels of its own,
-# and where N is the distance of rows of lse and Δ (a split's: count), its being a multiple of 16 makes loads wide.
+# and where N is the distance of rows of lse and Δ (a split's: count), its being a multiple of 16 makes loads wide, as
+# does M's of the loads of a bias, which it masks.
 
-_COUNTS = ["B", "M", "S", "steps", "blocks", "part", "pages", "left", "right", "bias_B"]
+_COUNTS = ["B", "S", "steps", "blocks", "part", "pages", "left", "right", "bias_B"]
 
-@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=["N", "splits"])
+@triton.jit(do_not_specialize=[*_COUNTS, "M"], do_not_specialize_on_alignment=["N", "splits"])
 def _forward(
         q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, table_ptr, seed_ptr, out_ptr,
         lse_ptr, q_strides, k_strides, v_strides, bias_strides, slopes_strides, out_strides,
         H, GROUP, N, M, S, steps, blocks, splits, part, pages, left, right, scale, softcap, threshold, inv_keep,
         D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr,
         LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FLIP: tl.constexpr, ALIGN: tl.constexpr,
-        PACK: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr, BULK: tl.constexpr, BY_FMA: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        PACK: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr, BULK: tl.constexpr,
+        BY_FMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     EXACT: tl.constexpr = (q_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     FOREIGN: tl.constexpr = (lengths_ptr is not None) or (cu_k_ptr is not None)
@@ -116,6 +117,8 @@ def _forward(
     if block * BLOCK_M >= count:
         return
     length, offset = _length(lengths_ptr, b, n, m, ALIGN)
+    if EVEN:  # as it is: so that the compiler can tell, and a bias's masked loads are wide
+        length = length // 16 * 16
 
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < count
@@ -674,7 +677,8 @@ def forward(query, key, value, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu
         query.stride(), key.stride(), value.stride(), _broadcast(bias), _broadcast(alibi_slopes), part_strides,
         H, group, N, M, S, steps, blocks, splits, B * H * N, pages, *windows, multiplier, softcap, *dropout,
         D, DV, _padded(D), _padded(DV), page, *sides, _softcap_kind(softcap), scale < 0, align_lengths, pack,
-        N <= 64 and blocks == 1, splits > 1, bulk, by_fma, block_m, block_n, **options)
+        N <= 64 and blocks == 1, bias is not None and key_lengths is None and M % 16 == 0, splits > 1, bulk, by_fma,
+        block_m, block_n, **options)
     if splits > 1:
         _merge[(triton.cdiv(B * H * N, 16),)](
             part, part_lse, out, lse, out.stride(), H, N, B * H * N, splits,
