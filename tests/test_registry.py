@@ -106,7 +106,7 @@ def test_errors_of_a_call_name_what_the_caller_wrote():
             call()
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=str)
+@pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
 def test_functions_and_references_are_pickled_and_copied(op):
     for function in (op.function, op.reference):
         assert pickle.loads(pickle.dumps(function)) is function
