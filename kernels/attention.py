@@ -97,7 +97,7 @@ def _forward(
     FOREIGN: tl.constexpr = (lengths_ptr is not None) or (cu_k_ptr is not None)
     SCORED: tl.constexpr = (bias_ptr is not None) or (slopes_ptr is not None) or SOFTCAP
     LOW: tl.constexpr = LOWEST_64 if ACC == tl.float64 else LOWEST
-    unit = _unit(bias_ptr, slopes_ptr, scale, softcap, SOFTCAP)
+    unit = _unit(bias_ptr, slopes_ptr, scale, softcap, SOFTCAP, ACC)
     factor = unit * LOG2E
     pid = tl.program_id(0)
     if ONE:  # block, as where few queries meet a cache
@@ -243,7 +243,7 @@ def _grad_q(
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     EXACT: tl.constexpr = (q_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     FOREIGN: tl.constexpr = (lengths_ptr is not None) or (cu_k_ptr is not None)
-    factor = _unit(bias_ptr, slopes_ptr, multiplier, softcap, SOFTCAP) * LOG2E
+    factor = _unit(bias_ptr, slopes_ptr, multiplier, softcap, SOFTCAP, ACC) * LOG2E
     pid = tl.program_id(0)
     slot = pid % blocks
     if RIGHT:
@@ -352,7 +352,7 @@ def _grad_kv(
     ACC: tl.constexpr = top_ptr.dtype.element_ty
     EXACT: tl.constexpr = (k_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
     FOREIGN: tl.constexpr = cu_q_ptr is not None
-    factor = _unit(bias_ptr, slopes_ptr, multiplier, softcap, SOFTCAP) * LOG2E
+    factor = _unit(bias_ptr, slopes_ptr, multiplier, softcap, SOFTCAP, ACC) * LOG2E
     pid = tl.program_id(0)
     heads = H // GROUP
     b = pid // blocks // heads

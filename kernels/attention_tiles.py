@@ -237,12 +237,14 @@ def _tanh(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _unit(bias_ptr, slopes_ptr, scale, softcap, SOFTCAP: tl.constexpr):
+def _unit(bias_ptr, slopes_ptr, scale, softcap, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
     """What scores are multiples of: 1 where something was added to them"""
     if (bias_ptr is not None) or (slopes_ptr is not None):
-        return 1.0
+        return tl.full((), 1.0, ACC)
+    elif SOFTCAP:
+        return tl.full((), softcap, ACC)
     else:
-        return softcap if SOFTCAP else scale
+        return tl.full((), scale, ACC)
 
 
 @triton.jit

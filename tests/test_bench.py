@@ -82,6 +82,9 @@ def test_peers_are_right_where_they_express_it(peer, name):
     right = 0
     for sample in OPS[name].samples:
         inputs = sample.make(torch.float32, "cpu")
+        for rows in ("query", "key", "value", "key_cache", "value_cache"):  # peers mind what unused memory holds
+            if name.endswith("attention") and rows in inputs:
+                inputs[rows] = inputs[rows].nan_to_num(0, 0, 0)
         if inputs.get("dropout_p") or "ties" in sample.label:  # a peer draws, and orders ties, in its own way
             continue
         try:
