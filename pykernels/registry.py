@@ -335,10 +335,11 @@ def choose(name: str, device: torch.device, arguments: tuple) -> int:
         return override
     if kind == "cpu":
         return REFERENCE if decline(name, CPU, device, arguments) else CPU
-    # Our CUDA kernels have run on the CPU alone: a GPU that would rather have them has to have tested them itself.
-    if OPS[name].cuda_first and decline(name, CUDA, device, arguments) is None and passed(name, CUDA, arguments):
-        return CUDA
-    return REFERENCE if decline(name, TRITON, device, arguments) else TRITON
+    for backend in (CUDA, TRITON) if OPS[name].cuda_first else (TRITON, CUDA):
+        # Our CUDA kernels have run on the CPU alone: a GPU that would have them has to have tested them itself.
+        if decline(name, backend, device, arguments) is None and (backend == TRITON or passed(name, CUDA, arguments)):
+            return backend
+    return REFERENCE
 
 
 def available_backends(op: str) -> dict[str, str | None]:

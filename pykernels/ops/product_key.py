@@ -116,7 +116,7 @@ def _product_key_search(run, query: Tensor, sub_keys: Tensor, k: int) -> tuple[T
         query: [..., H, d], d even, any strides; fp32, bf16, fp16 (and fp64 on the CPU).
         sub_keys: [H, 2, n, d/2] in query's dtype: for each head the keys of the query's first and second half. Key
             i·n + j of the product is (sub_keys[h, 0, i], sub_keys[h, 1, j]).
-        k: from 1 to n. (Triton's kernel: to 2048; above, the reference serves GPUs.)
+        k: from 1 to n. (On GPUs Triton's kernel takes up to 2048; beyond, the reference runs.)
 
     Returns:
         scores [..., H, k] in query's dtype, descending in fp32 (fp64), and indices [..., H, k] int64 into the n² keys.
@@ -151,7 +151,7 @@ def _product_key_memory(
         query: [..., H, d], d even, any strides; fp32, bf16, fp16 (and fp64 on the CPU).
         sub_keys: [H, 2, n, d/2] in query's dtype, as in product_key_search.
         values: [n², dv] in query's dtype, for all heads.
-        k: from 1 to n. (Triton's kernel: to 2048; above, the reference serves GPUs.)
+        k: from 1 to n. (On GPUs Triton's kernel takes up to 2048; beyond, the reference runs.)
         return_weights: return the weights and indices as well.
         sparse_grad: the gradient of values is sparse, as in `weighted_gather`. The results are the same, to the bit.
 

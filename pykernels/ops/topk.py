@@ -178,14 +178,15 @@ def _topk_search(run, query: Tensor, keys: Tensor, k: int, *, scale: float = 1.0
     Args:
         query: [..., d], any strides; fp32, bf16, fp16 (and fp64 on the CPU).
         keys: [M, d] in query's dtype, any M; or [H, M, d], where query [..., H, d] has its own keys for each head.
-        k: from 1 to M. (Triton's kernel: to 2048; above, the CUDA kernel or the reference serves GPUs.)
+        k: from 1 to M. (On GPUs Triton's kernel takes up to 2048; beyond, the CUDA kernel if it passed its first-use
+            test there, else the reference.)
         scale: multiplies the scores.
 
     Returns:
         scores [..., k] in query's dtype, descending, and indices [..., k] int64. The order is that of scores in fp32
         (fp64): of equal ones the lower index is first, and NaN is above all, as in torch.topk. Differentiable, twice
         too, in query and keys; keys that were not selected have a gradient of zero. Memory beyond inputs and results
-        does not depend on M.
+        does not depend on M, but for the reference's (k > 2048, and fp64, on GPUs), which holds all scores.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or k other than the above, before anything is computed.
@@ -217,7 +218,8 @@ def _topk_memory(
         query: [..., d], any strides; fp32, bf16, fp16 (and fp64 on the CPU).
         keys: [M, d] in query's dtype, any M; or [H, M, d], where query [..., H, d] has its own keys for each head.
         values: [M, dv] in query's dtype; with keys of [H, M, d] also [H, M, dv].
-        k: from 1 to M. (Triton's kernel: to 2048; above, the CUDA kernel or the reference serves GPUs.)
+        k: from 1 to M. (On GPUs Triton's kernel takes up to 2048; beyond, the CUDA kernel if it passed its first-use
+            test there, else the reference.)
         scale: multiplies the scores.
         return_weights: return the weights and indices as well.
 
