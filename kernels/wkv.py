@@ -29,6 +29,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 CHUNK = tl.constexpr(16)  # L, the steps of a chunk
 SAVED = tl.constexpr(32)  # steps from one checkpoint to the next
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -62,18 +63,28 @@ def _put(tile, column, valid, j):
 # operands come split from _scores and what a product gives need not be rearranged to enter the next one.
 
 @triton.jit
+def _to_bf16(x):
+    """x rounded to bf16; in the interpreter, which has none, to such a number in fp32"""
+    if INTERPRETED:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        return (bits + 0x7FFF + (bits >> 16 & 1) & -65536).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
 def _split(x, DTYPE: tl.constexpr, COUNT: tl.constexpr):
-    """x as a sum of up to three numbers of DTYPE, largest first; just x if COUNT is 1"""
+    """x as a sum of two or three bf16 numbers, largest first; just x in DTYPE if COUNT is 1"""
     if COUNT == 1:
         return (x.to(DTYPE),)
     else:
-        first = x.to(DTYPE)
+        first = _to_bf16(x)
         x -= first.to(x.dtype)
-        second = x.to(DTYPE)
+        second = _to_bf16(x)
         if COUNT == 2:
             return first, second
         else:
-            return first, second, (x - second.to(x.dtype)).to(DTYPE)
+            return first, second, _to_bf16(x - second.to(x.dtype))
 
 
 @triton.jit
@@ -284,7 +295,6 @@ def _recurrent(
 
 # ---- launches --------------------------------------------------------------------------------------------------------
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 
 BLOCK_V = 16  # rows of Sᵀ, the fewest that a matrix unit takes: the most programs
 MAX_CHUNKED = 128  # of K: beyond, RWKV-7's operands do not fit in the registers
@@ -312,9 +322,9 @@ def _config(kernel, K):
 
 def _pieces(like, exact):
     """-> an empty tensor in the pieces' dtype, their number in what y is read through, in what S depends on, in v"""
-    if INTERPRETED:  # which has no bf16
+    if exact.dtype.itemsize == 8:
         return exact.new_empty(0), 1, 1, 1
-    piece = exact.new_empty(0).bfloat16()
+    piece = exact.new_empty(0) if INTERPRETED else exact.new_empty(0).bfloat16()  # see _to_bf16
     if like.dtype.itemsize == 4:
         return piece, 3, 3, 3
     return piece, 2, 3, 1 if like.dtype == piece.dtype else 2

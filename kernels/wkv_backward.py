@@ -34,12 +34,11 @@ M = (1 − A_ab)⁻¹, with A_xz[i,j] = x_i·(W_ij∘z_j), grows from block to b
 import triton
 import triton.language as tl
 
-from .wkv import _split
+from .wkv import INTERPRETED, _split, _to_bf16
 
 L = tl.constexpr(32)  # the distance of the checkpoints
 LEVELS = tl.constexpr(5)
 LOG2E = tl.constexpr(1.4426950408889634)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
 
 
 # ---- levels: [L, BLOCK_K] and [L, L] ---------------------------------------------------------------------------------
@@ -81,16 +80,6 @@ def _diagonal(values):
     """[L] -> [L, L]"""
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     return tl.where(i == j, values[:, None], 0.0)
-
-
-@triton.jit
-def _to_bf16(x):
-    """x rounded to bf16; in the interpreter, which has none, to such a number in fp32"""
-    if INTERPRETED:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        return (bits + 0x7FFF + (bits >> 16 & 1) & -65536).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.bfloat16)
 
 
 @triton.jit
