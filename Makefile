@@ -14,7 +14,7 @@ bench: $(INSTALLED)  ## our ops against their peers on this machine: tables, JSO
 
 test: $(INSTALLED)  ## everything; Triton's interpreter and CUDA kernels on the CPU in processes of their own
 	$(BIN)/python -m pytest tests -n 2
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_attention.py -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_matrix.py tests/ops/test_attention.py -n 2
 	$(BIN)/python tests/cuda_host/run.py tests -n 2
 
 test-all: test  ## and the kernels that the baseline is about, compiled by the oldest Triton that is supported
@@ -22,7 +22,7 @@ test-all: test  ## and the kernels that the baseline is about, compiled by the o
 
 audit: $(INSTALLED)  ## compile every GPU kernel for every target and judge the result; needs no GPU. TRITON=3.6.0: by it
 	$(BIN)/python -m pykernels audit $(if $(TRITON),--triton $(TRITON) --representative,--baseline \
-		tests/audit_baseline.tsv --json bench-results/audit.json)
+		tests/tools/audit_baseline.tsv --json bench-results/audit.json)
 
 check: $(INSTALLED)  ## every op on every backend against its fp64 reference
 	$(BIN)/python -m pykernels check
@@ -38,7 +38,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(INSTALLED): requirements.txt setup.py pyproject.toml $(wildcard csrc/*)
+$(INSTALLED): requirements.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .

@@ -253,7 +253,7 @@ def targets_of(archs: list[str], known: set[int]) -> list[str]:
 
 
 class BuildPy(build_py):
-    """Puts beside native.py what was left out and why; libraries of an earlier build that are left out now go."""
+    """Puts into the package what was left out and why; libraries of an earlier build that are left out now go."""
 
     def run(self):
         super().run()

@@ -22,9 +22,17 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from pykernels import bench as _bridge
-from pykernels.check import Expected, bind_gradient, cotangents, dtype_argument, dtype_name, float_leaves, op_argument
-from pykernels.doctor import machine
-from pykernels.registry import BACKENDS, OPS, BackendDeclined, Inputs, Op, Workload, unavailable, use_backend
+from pykernels.core.registry import BACKENDS, OPS, BackendDeclined, Inputs, Op, Workload, unavailable, use_backend
+from pykernels.tools.check import (
+    Expected,
+    bind_gradient,
+    cotangents,
+    dtype_argument,
+    dtype_name,
+    float_leaves,
+    op_argument,
+)
+from pykernels.tools.doctor import machine
 
 from . import measure
 from .measure import Clock, Limits, Spread

@@ -1,9 +1,10 @@
 """pykernels: fused kernels for recurrent and memory-augmented networks, as PyTorch ops."""
 
-from . import native, nn, ops, reference
-from .first_use import verify_on_first_use
+from . import nn, ops, reference
+from .core import native
+from .core.registry import OPS, available_backends, list_ops, use_backend
 from .ops.wkv4 import log_decay
-from .registry import OPS, available_backends, list_ops, use_backend
+from .tools.self_test import verify_on_first_use
 
 __version__ = "0.1.0"
 

@@ -7,11 +7,14 @@ import importlib
 import sys
 
 COMMANDS = {
-    "doctor": ("pykernels.doctor", "versions, devices, and which backends each op has here"),
-    "check": ("pykernels.check", "every kernel against its fp64 reference, forward and backward"),
+    "doctor": ("pykernels.tools.doctor", "versions, devices, and which backends each op has here"),
+    "check": ("pykernels.tools.check", "every kernel against its fp64 reference, forward and backward"),
     "bench": ("pykernels.bench.run", "time the ops against eager PyTorch, torch.compile and their peers"),
-    "audit": ("pykernels.audit", "compile the GPU kernels for every target and inspect what comes out; needs no GPU"),
-    "gpu": ("pykernels.gpu", "all of these on a GPU, with the audit's predictions beside, into one JSON file"),
+    "audit": (
+        "pykernels.tools.audit",
+        "compile the GPU kernels for every target and inspect the result; needs no GPU",
+    ),
+    "gpu": ("pykernels.tools.gpu", "all of these on a GPU, with the audit's predictions beside, into one JSON file"),
 }
 
 

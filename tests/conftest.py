@@ -10,8 +10,8 @@ from cuda_host import build, host
 if host.MODE and build.missing() is None:
     host.load()  # the registry looks for its entries when it is imported
 
-from pykernels import native
-from pykernels.registry import INTERPRET
+from pykernels.core import native
+from pykernels.core.registry import INTERPRET
 
 if INTERPRET:
     # Each call of a device function makes Triton's language the interpreter's anew, which takes more than half of the

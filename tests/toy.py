@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from pykernels import registry
-from pykernels.registry import Sample, Workload
+from pykernels.core import registry
+from pykernels.core.registry import Sample, Workload
 
 
 def softmax_scale(x, w):

@@ -2,7 +2,7 @@
 
 import torch
 
-from pykernels.registry import OPS
+from pykernels.core.registry import OPS
 
 NAME = "torch.compile"
 UNROLLED = ("lstm", "gru", "rnn", "wkv4", "wkv6", "wkv7")

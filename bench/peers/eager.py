@@ -1,6 +1,6 @@
 """Eager PyTorch: the op's own reference. It serves every op."""
 
-from pykernels.registry import OPS
+from pykernels.core.registry import OPS
 
 NAME = "eager"
 

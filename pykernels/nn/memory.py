@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import BatchNorm1d, Embedding, LayerNorm, Linear, Module, Parameter
 
-from ..checks import (
+from ..core.expect import (
     expect,
     expect_alike,
     expect_device,
@@ -22,10 +22,10 @@ from ..checks import (
     expect_tensor,
     expect_type,
 )
+from ..core.registry import is_autocast_on
 from ..ops.attention import MAX_HEAD_DIM, attention
 from ..ops.product_key import product_key_memory
 from ..ops.topk import topk_memory
-from ..registry import is_autocast_on
 
 _QUERY_NORMS = (None, "layer", "batch")
 

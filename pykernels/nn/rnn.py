@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..checks import can_read, expect, expect_type
+from ..core.expect import can_read, expect, expect_type
+from ..core.registry import is_autocast_on
 from ..ops import rnn as ops
-from ..registry import is_autocast_on
 
 State = Tensor | tuple[Tensor, Tensor]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter
 
-from ..checks import (
+from ..core.expect import (
     expect,
     expect_alike,
     expect_device,
@@ -23,8 +23,8 @@ from ..checks import (
     expect_tensor,
     expect_type,
 )
+from ..core.registry import FLOATS, is_autocast_on
 from ..ops import wkv4 as ops
-from ..registry import FLOATS, is_autocast_on
 
 _OTHER_NAMES = {"time_mix_key": "time_mix_k", "time_mix_value": "time_mix_v", "time_mix_receptance": "time_mix_r"}
 

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import (
+from ..core.expect import (
     can_read,
     expect,
     expect_alike,
@@ -31,7 +31,7 @@ from ..checks import (
     expect_tensor,
     expect_type,
 )
-from ..registry import (
+from ..core.registry import (
     FLOATS,
     INTERPRET,
     Sample,

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import expect, expect_alike, expect_tensor
-from ..registry import INTERPRET, REFERENCE, Sample, Workload, autocast, register, torch_op
+from ..core.expect import expect, expect_alike, expect_tensor
+from ..core.registry import INTERPRET, REFERENCE, Sample, Workload, autocast, register, torch_op
 from . import topk
 from .topk import apart, check_k, check_rows, enlarged, grid, triton_search_declines
 from .weighted_gather import check_sparse, gather, gather_backward_op, gather_op, sparse_gather

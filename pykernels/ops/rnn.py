@@ -19,8 +19,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import rnn_gpu
-from ..checks import (
+from ..core.expect import (
     can_read,
     expect,
     expect_alike,
@@ -30,7 +29,7 @@ from ..checks import (
     expect_tensor,
     expect_type,
 )
-from ..registry import (
+from ..core.registry import (
     FLOATS,
     INTERPRET,
     Sample,
@@ -42,7 +41,8 @@ from ..registry import (
     triton_declines,
     wants_gradient,
 )
-from ..rnn_gpu import GATES, GRU, LSTM, RNN_RELU, RNN_TANH
+from ..launch import rnn as rnn_gpu
+from ..launch.rnn import GATES, GRU, LSTM, RNN_RELU, RNN_TANH
 
 _DTYPES = (torch.float64, *FLOATS)
 STRIDED = torch.strided

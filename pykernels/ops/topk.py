@@ -18,19 +18,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import native
-from ..checks import expect, expect_alike, expect_dtype, expect_integer, expect_number, expect_tensor, expect_type
-from ..registry import (
-    FLOATS,
-    INTERPRET,
-    ON_HOST,
-    Sample,
-    Workload,
-    autocast,
-    register,
-    torch_op,
-    triton_declines,
-)
+from ..core import native
+from ..core.expect import expect, expect_alike, expect_dtype, expect_integer, expect_number, expect_tensor, expect_type
+from ..core.registry import FLOATS, INTERPRET, ON_HOST, Sample, Workload, autocast, register, torch_op, triton_declines
 from .weighted_gather import gather, gather_backward_op, gather_op
 from .wkv4 import exact_of
 

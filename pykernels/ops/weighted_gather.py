@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import native
-from ..checks import (
+from ..core import native
+from ..core.expect import (
     can_read,
     expect,
     expect_alike,
@@ -26,7 +26,7 @@ from ..checks import (
     expect_tensor,
     expect_type,
 )
-from ..registry import (
+from ..core.registry import (
     CPU,
     CUDA,
     FLOATS,

@@ -25,9 +25,9 @@ import math
 import torch
 from torch import Tensor
 
-from .. import native
-from ..checks import can_read, expect, expect_alike, expect_device, expect_shape, expect_tensor, expect_type
-from ..registry import (
+from ..core import native
+from ..core.expect import can_read, expect, expect_alike, expect_device, expect_shape, expect_tensor, expect_type
+from ..core.registry import (
     FLOATS,
     Sample,
     Workload,

@@ -1,4 +1,4 @@
-"""Compiles csrc/*.cu with the C++ compiler into a torch library whose entries take CPU tensors.
+"""Compiles csrc/cuda/*.cu with the C++ compiler into a torch library whose entries take CPU tensors.
 
     python tests/cuda_host/build.py [--plain] [file.cu …]     prints the library's path
 
@@ -22,7 +22,7 @@ ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "cuda_host"
 RUNTIME = [HERE / name for name in ("fiber.cpp", "scheduler.cpp", "launch.cpp")]
 FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
-FLAGS += ["-fno-strict-aliasing", "-DCUDA_ON_HOST", f"-I{HERE / 'include'}", f"-I{ROOT / 'csrc'}"]
+FLAGS += ["-fno-strict-aliasing", "-DCUDA_ON_HOST", f"-I{HERE / 'include'}", f"-I{ROOT / 'csrc/cuda'}"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fsanitize-sections=cuda_shared"]
 
 
@@ -33,14 +33,14 @@ def compiler() -> str | None:
 
 def sources() -> list[pathlib.Path]:
     """The package's CUDA kernels."""
-    return sorted((ROOT / "csrc").glob("*.cu"))
+    return sorted((ROOT / "csrc/cuda").glob("*.cu"))
 
 
 def missing() -> str | None:
     """Why the kernels cannot be built here, or None."""
     if compiler() is None:
         return "no C++ compiler"
-    return None if sources() else "there is no csrc/*.cu"
+    return None if sources() else "there is no csrc/cuda/*.cu"
 
 
 def torch_flags() -> tuple[list[str], list[str]]:
@@ -84,7 +84,7 @@ def build(
     compile_flags, link_flags = torch_flags() if torch else ([], [])
     optimise = ["-O1", *SANITIZERS] if sanitize else ["-O2"]
     common = [*FLAGS, *optimise, *flags]
-    headers = [*sorted((ROOT / "csrc").glob("*.h")), *sorted(HERE.rglob("*.h"))]
+    headers = [*sorted((ROOT / "csrc").rglob("*.h")), *sorted(HERE.rglob("*.h"))]
     version = run([compiler(), "--version"])
 
     def compiled(source: pathlib.Path) -> pathlib.Path:
@@ -113,7 +113,7 @@ def environment() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", type=pathlib.Path, help="default: csrc/*.cu")
+    parser.add_argument("files", nargs="*", type=pathlib.Path, help="default: csrc/cuda/*.cu")
     parser.add_argument("--plain", action="store_true", help="no sanitizers")
     arguments = parser.parse_args()
     print(build(arguments.files or None, sanitize=not arguments.plain))

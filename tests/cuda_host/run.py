@@ -1,6 +1,6 @@
 """Runs pytest on the CUDA kernels compiled for the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-python tests/cuda_host/run.py [--plain] tests/test_ops.py -x …     --plain: without the sanitizers, optimised
+python tests/cuda_host/run.py [--plain] tests/ops/test_matrix.py -x …     --plain: without the sanitizers, optimised
 """
 
 import os
