@@ -5,7 +5,7 @@ import torch
 from cuda_host import build, host
 
 from pykernels.core.registry import OPS, BackendDeclined, Sample, use_backend
-from pykernels.ops import linear_recurrence, wkv4
+from pykernels.ops import linear_recurrence, wkv, wkv4
 from pykernels.tools.check import compare_sample
 
 REASON = build.missing() if host.MODE else "the CUDA kernels run on the CPU by tests/cuda_host/run.py"
