@@ -524,7 +524,7 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, std
                            make_rules(storage, bias, alibi_slopes, seed, scale, softcap, dropout_p),
                            std::move(sequences), {}};
     if (block_table) inputs.pages = to_vector(*block_table);
-    Forward<Storage>(inputs, View<Storage>(out), static_cast<Acc*>(lse.data_ptr())).run();
+    Forward<Storage>(inputs, View<Storage>(out), data<Acc>(lse)).run();
   });
   return {out, lse};
 }

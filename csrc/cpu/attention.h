@@ -58,7 +58,7 @@ struct View {
   T* data = nullptr;
   int64_t size[4] = {}, stride[4] = {};
 
-  explicit View(const Tensor& t) : data(static_cast<T*>(t.data_ptr())) {
+  explicit View(const Tensor& t) : data(::data<T>(t)) {
     for (int d = 0; d < 4; ++d) size[d] = t.size(d), stride[d] = t.stride(d);
   }
   T* at(int64_t i, int64_t j, int64_t k) const { return data + i * stride[0] + j * stride[1] + k * stride[2]; }
@@ -228,7 +228,7 @@ struct Inputs {
 
 inline std::vector<int64_t> to_vector(const Tensor& t) {
   std::vector<int64_t> v;
-  const auto* data = static_cast<const int64_t*>(t.data_ptr());
+  const auto* data = ::data<const int64_t>(t);
   int64_t columns = t.dim() == 2 ? t.size(1) : 1, step = t.dim() == 2 ? t.stride(1) : 0;
   for (int64_t i = 0; i < t.size(0); ++i)
     for (int64_t j = 0; j < columns; ++j) v.push_back(data[i * t.stride(0) + j * step]);
@@ -288,7 +288,7 @@ inline Bias make_bias(const Tensor& t, ScalarType storage) {
 }
 
 inline Dropout make_dropout(double p, const Tensor& seed) {
-  auto bits = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
+  auto bits = static_cast<uint64_t>(*data<const int64_t>(seed));
   auto threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 4294967296.0), 4294967295.0));
   return {p, threshold, {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)}};
 }

@@ -47,7 +47,7 @@ struct Statistics {
   int64_t stride[3] = {};
 
   Statistics() = default;
-  explicit Statistics(const Tensor& t) : data(static_cast<const Acc*>(t.data_ptr())) {
+  explicit Statistics(const Tensor& t) : data(::data<const Acc>(t)) {
     for (int d = 0; d < 3; ++d) stride[d] = t.stride(d);
   }
   Acc at(int64_t b, int64_t h, int64_t i) const { return data[b * stride[0] + h * stride[1] + i * stride[2]]; }
@@ -775,7 +775,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
       std::copy(bias_sizes.begin(), bias_sizes.end(), gradients.bias_size);
     }
     if (needs_slopes) {
-      gradients.slopes = static_cast<Acc*>(grad_slopes.data_ptr());
+      gradients.slopes = data<Acc>(grad_slopes);
       gradients.slope_batches = slope_sizes[0];
     }
     Backward<Storage>(inputs, saved, gradients).run();

@@ -144,9 +144,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_recurrence(Tensor r, Tensor w, Tensor 
     using Acc = AccOf<Storage>;
     auto run = [&]<bool CORRECTED>(std::bool_constant<CORRECTED>) {
       Forward<Storage, CORRECTED>{{r, w, k, v, u, a, b, state, scale},
-                                  static_cast<Storage*>(y.data_ptr()),
-                                  static_cast<Acc*>(final.data_ptr()),
-                                  training ? static_cast<Acc*>(checkpoints.data_ptr()) : nullptr}
+                                  data<Storage>(y),
+                                  data<Acc>(final),
+                                  training ? data<Acc>(checkpoints) : nullptr}
           .run();
     };
     a ? run(std::true_type{}) : run(std::false_type{});

@@ -20,9 +20,6 @@ namespace {
 
 constexpr int64_t CHUNK = 32;  // steps from one saved state to the next, as in pykernels/ops/linear_recurrence.py
 
-template <class Storage>
-using AccOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
-
 // [B, T, H, width] of any strides but the last, which is 1.
 template <class Element>
 struct Rows {
@@ -32,7 +29,7 @@ struct Rows {
 
   Rows() = default;
   explicit Rows(const std::optional<Tensor>& x) {
-    if (x) data = static_cast<const Element*>(x->data_ptr()), b = x->stride(0), t = x->stride(1), h = x->stride(2);
+    if (x) data = ::data<const Element>(*x), b = x->stride(0), t = x->stride(1), h = x->stride(2);
   }
   const Element* row(int64_t ib, int64_t it, int64_t ih) const { return data + ib * b + it * t + ih * h; }
 
@@ -62,8 +59,8 @@ struct Arguments {
             const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::optional<Tensor>& state,
             double scale)
       : B(r.size(0)), T(r.size(1)), H(r.size(2)), K(r.size(3)), V(v.size(3)), r(r), k(k), v(v), a(a), b(b), w(w),
-        u(u ? static_cast<const Acc*>(u->data_ptr()) : nullptr),
-        state(state ? static_cast<const Acc*>(state->data_ptr()) : nullptr), scale(static_cast<Acc>(scale)) {}
+        u(data<const Acc>(u)),
+        state(data<const Acc>(state)), scale(static_cast<Acc>(scale)) {}
 
   // e^w of a step, 1 beyond the row.
   void read_decay(int64_t ib, int64_t it, int64_t ih, Acc* to) const {

@@ -298,8 +298,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   for_dtype(dtype, [&]<class Storage>(Storage) {
     using Acc = AccOf<Storage>;
     auto run = [&]<bool CORRECTED>(std::bool_constant<CORRECTED>) {
-      auto narrow = [](const Tensor& t) { return static_cast<Storage*>(t.data_ptr()); };
-      auto exactly = [](const Tensor& t) { return static_cast<Acc*>(t.data_ptr()); };
+      auto narrow = [](const Tensor& t) { return data<Storage>(t); };
+      auto exactly = [](const Tensor& t) { return data<Acc>(t); };
       Backward<Storage, CORRECTED>{{r, w, k, v, u, a, b, state, scale},
                                    Rows<Storage>(grad_y),
                                    grad_state ? exactly(*grad_state) : nullptr,

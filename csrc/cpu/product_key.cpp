@@ -110,12 +110,12 @@ std::tuple<Tensor, Tensor> product_key_search(Tensor query, Tensor sub_keys, int
   for_dtype(dtype, [&]<class Storage>(Storage) {
     using Acc = typename ProductKeys<Storage>::Acc;
     ProductKeys<Storage>{N, H, n, half, k,
-                         static_cast<const Storage*>(query.data_ptr()),
+                         data<const Storage>(query),
                          {query.stride(0), query.stride(1), query.stride(2)},
-                         static_cast<const Storage*>(sub_keys.data_ptr()),
+                         data<const Storage>(sub_keys),
                          {sub_keys.stride(0), sub_keys.stride(1), sub_keys.stride(2), sub_keys.stride(3)},
-                         static_cast<Acc*>(scores.data_ptr()),
-                         static_cast<int64_t*>(ids.data_ptr())}
+                         data<Acc>(scores),
+                         data<int64_t>(ids)}
         .run();
   });
   return {scores, ids};

@@ -504,12 +504,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn(
   Tensor cell_states = empty(cells ? a.rows_by(a.H()) : none, exact);
   for_dtype(a.storage(), [&]<class Storage>(Storage) {
     using Acc = typename ComputeOf<Storage>::type::Acc;
-    auto data = [](const Tensor& t, bool wanted) { return wanted ? t.data_ptr() : nullptr; };
-    Results<Storage> results{static_cast<Storage*>(output.data_ptr()),
-                             static_cast<Storage*>(data(h_n, !a.step())),
-                             static_cast<Storage*>(data(c_n, lstm)),
-                             static_cast<Acc*>(data(gates, saved > 0)),
-                             static_cast<Acc*>(data(cell_states, cells))};
+    Results<Storage> results{data<Storage>(output),
+                             a.step() ? nullptr : data<Storage>(h_n),
+                             lstm ? data<Storage>(c_n) : nullptr,
+                             saved > 0 ? data<Acc>(gates) : nullptr,
+                             cells ? data<Acc>(cell_states) : nullptr};
     for_cell(a.cell, [&](auto which) { Forward<Storage, which>(a, results).run(); });
   });
   return {output, h_n, c_n, gates, cell_states};

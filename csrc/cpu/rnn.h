@@ -37,7 +37,7 @@ struct Strided {
   int64_t step_stride = 0, row_stride = 0, stride = 0;
 
   Strided() = default;
-  explicit Strided(const Tensor& t) : data(static_cast<T*>(t.data_ptr())) {
+  explicit Strided(const Tensor& t) : data(::data<T>(t)) {
     stride = t.stride(t.dim() - 1);
     if (t.dim() > 1) row_stride = t.stride(t.dim() - 2);
     if (t.dim() > 2) step_stride = t.stride(0);
@@ -140,7 +140,7 @@ class Schedule {
   explicit Schedule(const Arguments& a) : T(a.T()), B(a.B()), reverse_(a.reverse) {
     if (a.resets) resets_ = Strided<const bool>(*a.resets);
     if (a.batch_sizes) {
-      const auto* sizes = static_cast<const int64_t*>(a.batch_sizes->data_ptr());
+      const auto* sizes = data<const int64_t>(a.batch_sizes);
       int64_t row = 0, last = B;
       for (int64_t t = 0; t < T; ++t) {
         // Clamped, so that no size leads outside the memory.
@@ -150,7 +150,7 @@ class Schedule {
       }
       STD_TORCH_CHECK(row == a.input.size(0), "batch_sizes: expected a descending list of sum ", a.input.size(0));
     } else if (a.lengths) {
-      const auto* lengths = static_cast<const int64_t*>(a.lengths->data_ptr());
+      const auto* lengths = data<const int64_t>(a.lengths);
       auto length = [&](int64_t b) { return std::clamp<int64_t>(lengths[b * a.lengths->stride(0)], 0, T); };
       sequence_.resize(B), active_.assign(T, 0);
       std::iota(sequence_.begin(), sequence_.end(), 0);

@@ -417,12 +417,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_b
     using Acc = typename ComputeOf<Storage>::type::Acc;
     const Incoming<Storage> incoming{Strided<const Storage>(grad_output), Strided<const Storage>(grad_h_n),
                                      Strided<const Storage>(grad_c_n)};
-    const Saved<Storage, Acc> saved{static_cast<const Storage*>(output.data_ptr()),
-                                    static_cast<const Acc*>(gates.data_ptr()),
-                                    static_cast<const Acc*>(cells.data_ptr())};
+    const Saved<Storage, Acc> saved{data<const Storage>(output),
+                                    data<const Acc>(gates),
+                                    data<const Acc>(cells)};
     std::array<Storage*, RESULTS> pointers;
     for (int i = 0; i < RESULTS; ++i)
-      pointers[i] = wanted >> i & 1 ? static_cast<Storage*>(results[i].data_ptr()) : nullptr;
+      pointers[i] = wanted >> i & 1 ? data<Storage>(results[i]) : nullptr;
     Backward<Storage>(a, incoming, saved, pointers).run();
   });
   return {results[0], results[1], results[2], results[3], results[4], results[5], results[6], results[7]};

@@ -109,12 +109,12 @@ std::tuple<Tensor, Tensor> topk_search(Tensor query, Tensor keys, int64_t k, dou
   for_dtype(dtype, [&]<class Storage>(Storage) {
     using Acc = typename TopK<Storage>::Acc;
     TopK<Storage>{N, H, M, d, k, Acc(scale),
-                  static_cast<const Storage*>(query.data_ptr()),
+                  data<const Storage>(query),
                   {query.stride(0), query.stride(1), query.stride(2)},
-                  static_cast<const Storage*>(keys.data_ptr()),
+                  data<const Storage>(keys),
                   {keys.stride(0), keys.stride(1), keys.stride(2)},
-                  static_cast<Acc*>(scores.data_ptr()),
-                  static_cast<int64_t*>(indices.data_ptr())}
+                  data<Acc>(scores),
+                  data<int64_t>(indices)}
         .run();
   });
   return {scores, indices};

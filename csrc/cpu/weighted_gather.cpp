@@ -29,9 +29,6 @@ constexpr int64_t AHEAD_BYTES = 1 << 12;  // of rows asked for before they are r
 constexpr int SIDE = 4;                   // rows read side by side
 
 template <class Storage>
-using AccOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
-
-template <class Storage>
 constexpr int64_t LINE = 64 / sizeof(Storage);  // elements of a cache line
 
 // f(c, count) for each vector of columns from c on, while the same columns of the rows `next` are asked for: into the
@@ -316,8 +313,8 @@ struct RowSums {
     });
     for (int64_t task = 0; task < tasks; ++task) before[task + 1] += before[task];
     Tensor rows = empty({before[tasks]}, ScalarType::Long), sums = empty({before[tasks], dv}, dtype);
-    auto* row = static_cast<int64_t*>(rows.data_ptr());
-    auto* sum = static_cast<Storage*>(sums.data_ptr());
+    auto* row = data<int64_t>(rows);
+    auto* sum = data<Storage>(sums);
     run_tasks(tasks, double(hits.count) * dv * sizeof(Storage) * BYTE, [&](int64_t, int64_t task) {
       Buffer<Acc> acc(padded);
       int64_t i = task * taken, to = before[task];
@@ -338,7 +335,7 @@ struct RowSums {
 void check_bags(const Tensor& indices, const Tensor& weights, int64_t M, ScalarType dtype) {
   check_cpu_tensor(weights, 3, accumulator_of(dtype), "weights");
   for (int64_t d = 0; d < 3; ++d) check_size(weights, d, indices.size(d), "weights");
-  const auto* index = static_cast<const int64_t*>(indices.data_ptr());
+  const auto* index = data<const int64_t>(indices);
   uint64_t wrong = 0;  // the sign bit, of m or of M - 1 - m
   for (int64_t i = 0; i < indices.numel(); ++i) wrong |= uint64_t(index[i]) | (uint64_t(M - 1) - uint64_t(index[i]));
   STD_TORCH_CHECK(wrong >> 63 == 0, "indices: expected 0 to ", M - 1);
@@ -350,8 +347,8 @@ Tensor dense_rows(const Tensor& t) { return t.size(2) <= 1 || t.stride(2) == 1 ?
 
 template <class Storage>
 Table<Storage> table_of(const Tensor& values, const Tensor& indices) {
-  return {indices.size(1),  indices.size(2),  values.size(2), static_cast<const Storage*>(values.data_ptr()),
-          values.stride(0), values.stride(1), static_cast<const int64_t*>(indices.data_ptr())};
+  return {indices.size(1),  indices.size(2),  values.size(2), data<const Storage>(values),
+          values.stride(0), values.stride(1), data<const int64_t>(indices)};
 }
 
 void check_table(const Tensor& values, const Tensor& indices) {
@@ -375,21 +372,21 @@ Tensor weighted_gather(Tensor values, Tensor indices, Tensor weights, int64_t /*
   if (y.numel() == 0) return y;
   for_dtype(values.scalar_type(), [&]<class Storage>(Storage) {
     table_of<Storage>(values, indices)
-        .forward(N * G, static_cast<const AccOf<Storage>*>(weights.data_ptr()), static_cast<Storage*>(y.data_ptr()));
+        .forward(N * G, data<const AccOf<Storage>>(weights), data<Storage>(y));
   });
   return y;
 }
 
 template <class Storage>
 RowSums<Storage> row_sums_of(const Tensor& grad, const Tensor& indices, const Tensor& weights, int64_t M) {
-  return {static_cast<const int64_t*>(indices.data_ptr()),
+  return {data<const int64_t>(indices),
           indices.size(0) * indices.size(1),
           indices.size(1),
           indices.size(2),
           M,
           grad.size(2),
-          static_cast<const Storage*>(grad.data_ptr()),
-          static_cast<const AccOf<Storage>*>(weights.data_ptr())};
+          data<const Storage>(grad),
+          data<const AccOf<Storage>>(weights)};
 }
 
 std::tuple<Tensor, Tensor> weighted_gather_backward(Tensor grad, Tensor values, Tensor indices, Tensor weights,
@@ -405,11 +402,11 @@ std::tuple<Tensor, Tensor> weighted_gather_backward(Tensor grad, Tensor values, 
   Tensor grad_weights = empty(for_weights ? Sizes{N, G, k} : Sizes{0}, accumulator_of(dtype));
   for_dtype(dtype, [&]<class Storage>(Storage) {
     if (grad_values.numel() > 0)
-      row_sums_of<Storage>(grad, indices, weights, M).write_all(G * M, static_cast<Storage*>(grad_values.data_ptr()));
+      row_sums_of<Storage>(grad, indices, weights, M).write_all(G * M, data<Storage>(grad_values));
     if (grad_weights.numel() > 0)
       table_of<Storage>(values, indices)
-          .grad_weights(N * G, static_cast<const Storage*>(grad.data_ptr()),
-                        static_cast<AccOf<Storage>*>(grad_weights.data_ptr()));
+          .grad_weights(N * G, data<const Storage>(grad),
+                        data<AccOf<Storage>>(grad_weights));
   });
   return {grad_values, grad_weights};
 }

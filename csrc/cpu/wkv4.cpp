@@ -30,9 +30,6 @@ constexpr double STEP = 0.35;  // ns of a step of a channel, forward
 constexpr int64_t TILE = 8;    // steps that forward takes a few channels through before the next channels
 constexpr double EMPTY = -1e38;  // pp of a state that has seen nothing, as the caller sees it; inside it is the lowest
 
-template <class Storage>
-using AccOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
-
 template <class T>
 constexpr T LOWEST = std::numeric_limits<T>::lowest();
 
@@ -124,10 +121,10 @@ struct Wkv4 {
   Buffer<Acc> starts;  // [segments][B][3][C]: the state before each segment
 
   Wkv4(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const std::optional<Tensor>& state)
-      : B(k.size(0)), T(k.size(1)), C(k.size(2)), w(static_cast<const Acc*>(w.data_ptr())),
-        u(static_cast<const Acc*>(u.data_ptr())), k(static_cast<const Storage*>(k.data_ptr())),
-        v(static_cast<const Storage*>(v.data_ptr())),
-        initial(state ? static_cast<const Acc*>(state->data_ptr()) : nullptr), cut(B, T, C, W),
+      : B(k.size(0)), T(k.size(1)), C(k.size(2)), w(data<const Acc>(w)),
+        u(data<const Acc>(u)), k(data<const Storage>(k)),
+        v(data<const Storage>(v)),
+        initial(data<const Acc>(state)), cut(B, T, C, W),
         starts(cut.segments > 1 ? cut.segments * B * 3 * C : 0) {}
 
   Acc* start_of(int64_t segment, int64_t b) const { return starts.get() + (segment * B + b) * 3 * C; }
@@ -441,8 +438,8 @@ std::tuple<Tensor, Tensor, Tensor> wkv4(Tensor w, Tensor u, Tensor k, Tensor v, 
   for_dtype(k.scalar_type(), [&]<class Storage>(Storage) {
     using Acc = AccOf<Storage>;
     Wkv4<Storage>(w, u, k, v, state)
-        .forward(static_cast<Storage*>(y.data_ptr()), static_cast<Acc*>(final.data_ptr()),
-                 training ? static_cast<Acc*>(checkpoints.data_ptr()) : nullptr);
+        .forward(data<Storage>(y), data<Acc>(final),
+                 training ? data<Acc>(checkpoints) : nullptr);
   });
   return {y, final, checkpoints};
 }
@@ -471,16 +468,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(std::optional<T
   grad_y = dense(grad_y), grad_state = dense(grad_state);
   for_dtype(k.scalar_type(), [&]<class Storage>(Storage) {
     using Acc = AccOf<Storage>;
-    auto data = [](const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; };
     Wkv4Backward<Storage>{{w, u, k, v, state},
-                          static_cast<const Storage*>(data(grad_y)),
-                          static_cast<const Acc*>(data(grad_state)),
-                          static_cast<const Acc*>(checkpoints.data_ptr()),
-                          static_cast<Storage*>(grad_k.data_ptr()),
-                          static_cast<Storage*>(grad_v.data_ptr()),
-                          state ? static_cast<Acc*>(grad_initial.data_ptr()) : nullptr,
-                          static_cast<Acc*>(grad_w.data_ptr()),
-                          static_cast<Acc*>(grad_u.data_ptr())}
+                          data<const Storage>(grad_y),
+                          data<const Acc>(grad_state),
+                          data<const Acc>(checkpoints),
+                          data<Storage>(grad_k),
+                          data<Storage>(grad_v),
+                          state ? data<Acc>(grad_initial) : nullptr,
+                          data<Acc>(grad_w),
+                          data<Acc>(grad_u)}
         .run();
   });
   return {grad_w, grad_u, grad_k, grad_v, grad_initial};

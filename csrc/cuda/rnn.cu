@@ -74,7 +74,7 @@ struct Plan {
 };
 
 template <class S_, int ROWS_, int KB_>
-struct Layout {
+struct TileLayout {
   using S = S_;
   static constexpr int ROWS = ROWS_, KB = KB_;
   static constexpr bool HALF = sizeof(S) == 2;
@@ -602,7 +602,7 @@ template <class S, bool BACKWARD>
 constexpr int UNITS = BACKWARD ? ROWS<S, true> : 8;
 
 template <class S, bool BACKWARD, int KB>
-using LayoutOf = Layout<S, ROWS<S, BACKWARD>, KB>;
+using LayoutOf = TileLayout<S, ROWS<S, BACKWARD>, KB>;
 template <class S, bool BACKWARD, int KB, int CELL>
 using Body = std::conditional_t<BACKWARD, Backward<LayoutOf<S, BACKWARD, KB>, Cell(CELL)>,
                                 Forward<LayoutOf<S, BACKWARD, KB>, Cell(CELL)>>;
@@ -690,11 +690,6 @@ bool choose_depth(int64_t H, int64_t cell, const Fill& fill) {
 }
 
 // ---- arguments -------------------------------------------------------------------------------------------------------
-
-template <class T>
-T* data(const std::optional<Tensor>& t) {
-  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
-}
 
 void check(const std::optional<Tensor>& t, ScalarType dtype, std::initializer_list<int64_t> sizes, const char* name) {
   if (!t) return;

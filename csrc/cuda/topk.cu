@@ -611,7 +611,7 @@ collect(const float* scores, const unsigned* histograms, int64_t* counts, float*
 template <class T>
 Problem<T> problem_of(const Tensor& query, const Tensor& keys, double scale) {
   Problem<T> p{};
-  p.query = static_cast<const T*>(query.data_ptr()), p.keys = static_cast<const T*>(keys.data_ptr());
+  p.query = data<const T>(query), p.keys = data<const T>(keys);
   p.query_stride = query.stride(0), p.query_head = query.stride(1);
   p.keys_head = keys.stride(0), p.keys_stride = keys.stride(1);
   p.N = query.size(0), p.H = query.size(1), p.M = keys.size(1), p.d = query.size(2);
@@ -686,7 +686,7 @@ void topk_search(Tensor query, Tensor keys, Tensor lists, Tensor scores, Tensor 
   check_output(indices, {N, H, k}, ScalarType::Long, "indices");
   STD_TORCH_CHECK(splits >= 1 && splits * N * H < int64_t(1) << 31, "query: expected fewer rows");
   DeviceGuard guard(query);
-  Entry* entries = static_cast<Entry*>(lists.data_ptr());
+  Entry* entries = data<Entry>(lists);
   for_device_dtype(query.scalar_type(), [&]<class T>(T) {
     Problem<T> p = problem_of<T>(query, keys, scale);
     p.k = int(k), p.lists = entries, p.splits = splits;
@@ -698,7 +698,7 @@ void topk_search(Tensor query, Tensor keys, Tensor lists, Tensor scores, Tensor 
   unsigned warps = 1;
   while (2 * warps <= std::min<int64_t>(splits, MERGE_WARPS) && 2 * warps * k <= 4096) warps *= 2;
   launch({.grid = unsigned(N * H), .block = 32 * warps, .stream = stream, .shared = warps * k * sizeof(Entry)},
-         merge_lists, entries, static_cast<float*>(scores.data_ptr()), static_cast<int64_t*>(indices.data_ptr()),
+         merge_lists, entries, data<float>(scores), data<int64_t>(indices),
          splits, N * H, int(k));
 }
 
@@ -718,19 +718,19 @@ void topk_count(Tensor query, Tensor keys, Tensor scores, Tensor histograms, Ten
   const int64_t parts = ceil_div(M, PART), blocks = ceil_div(ceil_div(M, SECTION), DIGIT_THREADS / 32);
   STD_TORCH_CHECK(rows * std::max(parts, blocks) < int64_t(1) << 31, "query: expected fewer rows");
   DeviceGuard guard(query);
-  float* all = static_cast<float*>(scores.data_ptr());
+  float* all = data<float>(scores);
   for_device_dtype(query.scalar_type(), [&]<class T>(T) {
     Problem<T> p = problem_of<T>(query, keys, scale);
     p.scores = all, p.ld = ld;
     if (N <= 16) run_tile<T, 16, true>(p, stream);
     else run_tile<T, 64, true>(p, stream);
   });
-  unsigned* bins = static_cast<unsigned*>(histograms.data_ptr());
+  unsigned* bins = data<unsigned>(histograms);
   for (int digit = 0; digit < DIGITS; ++digit)
     launch({.grid = unsigned(rows * parts), .block = DIGIT_THREADS, .stream = stream}, count_digits, all, bins, M, ld,
            k, digit);
   launch({.grid = unsigned(rows * blocks), .block = DIGIT_THREADS, .stream = stream}, collect<false>, all, bins,
-         static_cast<int64_t*>(counts.data_ptr()), nullptr, nullptr, M, ld, k);
+         data<int64_t>(counts), nullptr, nullptr, M, ld, k);
 }
 
 // After topk_count; before: what sections before have of its counts. best, indices: [N, H, k], in the keys' order.
@@ -751,9 +751,9 @@ void topk_collect(Tensor scores, Tensor histograms, Tensor before, Tensor best, 
   STD_TORCH_CHECK(N * H * blocks < int64_t(1) << 31, "scores: expected fewer rows");
   DeviceGuard guard(scores);
   launch({.grid = unsigned(N * H * blocks), .block = DIGIT_THREADS, .stream = stream}, collect<true>,
-         static_cast<const float*>(scores.data_ptr()), static_cast<const unsigned*>(histograms.data_ptr()),
-         static_cast<int64_t*>(before.data_ptr()), static_cast<float*>(best.data_ptr()),
-         static_cast<int64_t*>(indices.data_ptr()), M, ld, k);
+         data<const float>(scores), data<const unsigned>(histograms),
+         data<int64_t>(before), data<float>(best),
+         data<int64_t>(indices), M, ld, k);
 }
 
 }  // namespace

@@ -235,7 +235,7 @@ void check_contiguous(const Tensor& t, int64_t rank, ScalarType dtype, const cha
 
 template <class T>
 Table<T> table_of(const Tensor& values) {
-  return {static_cast<const T*>(values.data_ptr()), values.stride(0), values.stride(1), values.size(0), values.size(1),
+  return {data<const T>(values), values.stride(0), values.stride(1), values.size(0), values.size(1),
           values.size(2)};
 }
 
@@ -275,11 +275,11 @@ void gather_sum_rows(Tensor values, Tensor indices, Tensor weights, Tensor out, 
     while (lanes < 32 && lanes * PART_NUMBERS<T> < d) lanes *= 2;
     const int64_t tasks = bags * ceil_div(d, lanes * PART_NUMBERS<T>);
     const int share = tasks < ENOUGH && k > 32 ? WARPS : 1;
-    T* y = static_cast<T*>(out.data_ptr());
+    T* y = data<T>(out);
     const bool aligned = is_aligned<T>(d | table.table_stride | table.row_stride, {table.values, y});
     launch({.grid = blocks_of(tasks * share), .block = 32 * WARPS, .stream = stream},
-           aligned ? sum_rows<T, true> : sum_rows<T, false>, table, static_cast<const int64_t*>(indices.data_ptr()),
-           static_cast<const float*>(weights.data_ptr()), y, bags, k, lanes, share);
+           aligned ? sum_rows<T, true> : sum_rows<T, false>, table, data<const int64_t>(indices),
+           data<const float>(weights), y, bags, k, lanes, share);
   });
 }
 
@@ -295,11 +295,11 @@ void gather_dot_rows(Tensor grad, Tensor values, Tensor indices, Tensor grad_wei
   DeviceGuard guard(values);
   for_device_dtype(values.scalar_type(), [&]<class T>(T) {
     const Table<T> table = table_of<T>(values);
-    const T* dy = static_cast<const T*>(grad.data_ptr());
+    const T* dy = data<const T>(grad);
     const bool aligned = is_aligned<T>(d | table.table_stride | table.row_stride, {table.values, dy});
     launch({.grid = blocks_of(bags * ceil_div(k, 32)), .block = 32 * WARPS, .stream = stream},
-           aligned ? dot_rows<T, true> : dot_rows<T, false>, table, dy, static_cast<const int64_t*>(indices.data_ptr()),
-           static_cast<float*>(grad_weights.data_ptr()), bags, k);
+           aligned ? dot_rows<T, true> : dot_rows<T, false>, table, dy, data<const int64_t>(indices),
+           data<float>(grad_weights), bags, k);
   });
 }
 
@@ -325,15 +325,15 @@ void gather_sum_hits(Tensor grad, Tensor weights, Tensor rows, Tensor order, Ten
   if (count * d == 0) return;
   DeviceGuard guard(grad);
   for_device_dtype(grad.scalar_type(), [&]<class T>(T) {
-    const T* dy = static_cast<const T*>(grad.data_ptr());
-    const float* w = static_cast<const float*>(weights.data_ptr());
-    float* sums = static_cast<float*>(cut.data_ptr());
-    T* to = static_cast<T*>(out.data_ptr());
+    const T* dy = data<const T>(grad);
+    const float* w = data<const float>(weights);
+    float* sums = data<float>(cut);
+    T* to = data<T>(out);
     const bool aligned = is_aligned<T>(d, {dy, to, sums});
     const Launch how{.grid = blocks_of(lots * ceil_div(d, 32 * PART_NUMBERS<T>)), .block = 32 * WARPS,
                      .stream = stream};
     auto run = [&]<class Int>(Int) {
-      const Hits<Int> hits{static_cast<const Int*>(rows.data_ptr()), static_cast<const Int*>(order.data_ptr()), count,
+      const Hits<Int> hits{data<const Int>(rows), data<const Int>(order), count,
                            k, out.size(0), d};
       launch(how, aligned ? sum_hits<T, Int, true> : sum_hits<T, Int, false>, hits, dy, w, to, sums);
       if (lots > 1) launch(how, aligned ? join_hits<T, Int, true> : join_hits<T, Int, false>, hits, sums, to);

@@ -16,12 +16,6 @@ struct alignas(N * sizeof(Storage)) Pack {
   Storage of[N];
 };
 
-template <class T>
-T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
-
-template <class T>
-T* data(const std::optional<Tensor>& t) { return t ? data<T>(*t) : nullptr; }
-
 // dense: every stride is that of a contiguous tensor, else the last is.
 inline void check_shape(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype, const char* name,
                         bool dense = true) {
