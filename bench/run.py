@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from pykernels import bench as _bridge
-from pykernels.core.registry import BACKENDS, OPS, BackendDeclined, Inputs, Op, Workload, unavailable, use_backend
+from pykernels.core.backends import BACKENDS, BackendDeclined, unavailable, use_backend
+from pykernels.core.declaration import OPS, Inputs, Op, Workload
 from pykernels.tools.check import (
     Expected,
     bind_gradient,
@@ -32,7 +33,7 @@ from pykernels.tools.check import (
     float_leaves,
     op_argument,
 )
-from pykernels.tools.doctor import machine
+from pykernels.tools.machine import machine
 
 from . import measure
 from .measure import Clock, Limits, Spread

@@ -11,7 +11,7 @@ if host.MODE and build.missing() is None:
     host.load()  # the registry looks for its entries when it is imported
 
 from pykernels.core import native
-from pykernels.core.registry import INTERPRET
+from pykernels.core.backends import INTERPRET
 
 if INTERPRET:
     # Each call of a device function makes Triton's language the interpreter's anew, which takes more than half of the

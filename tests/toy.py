@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from pykernels.core import registry
-from pykernels.core.registry import Sample, Workload
+from pykernels.core import backends, declaration
+from pykernels.core.declaration import Sample, Workload
 
 
 def softmax_scale(x, w):
@@ -23,24 +23,24 @@ def make(dtype, device):
 def declared(kernel, declines=None):
     """Within, OPS holds the op `toy` whose "cpu" backend is kernel(x, w)."""
 
-    def _toy(run, x: torch.Tensor, w: torch.Tensor):
-        """softmax(x) · w, and where x is largest."""
-        return run(x, w)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry.native, "missing", lambda: None)
-        registry._unavailable.cache_clear()
-        registry.register(
-            _toy,
+        patch.setattr(backends.native, "missing", lambda: None)
+        backends._unavailable.cache_clear()
+
+        @declaration.public(
             kernel=lambda x, w, backend: kernel(x, w),
             reference=softmax_scale,
             supports={"cpu": lambda x, w: declines},
-            samples=[Sample("small", make)],
-            workloads=[Workload(f"N{n}", make, bytes=lambda inputs: 1e3, quick=True) for n in (1, 2)],
             differentiable=("x", "w"),
         )
+        def toy(run, x: torch.Tensor, w: torch.Tensor):
+            """softmax(x) · w, and where x is largest."""
+            return run(x, w)
+
+        workloads = [Workload(f"N{n}", make, bytes=lambda inputs: 1e3, quick=True) for n in (1, 2)]
+        declaration.declare(toy, samples=[Sample("small", make)], workloads=workloads)
         try:
-            yield registry.OPS["toy"]
+            yield declaration.OPS["toy"]
         finally:
-            del registry.OPS["toy"]
-    registry._unavailable.cache_clear()
+            del declaration.OPS["toy"]
+    backends._unavailable.cache_clear()

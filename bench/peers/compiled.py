@@ -2,7 +2,7 @@
 
 import torch
 
-from pykernels.core.registry import OPS
+from pykernels.core.declaration import OPS
 
 NAME = "torch.compile"
 UNROLLED = ("lstm", "gru", "rnn", "wkv4", "wkv6", "wkv7")

@@ -1,6 +1,6 @@
 """Eager PyTorch: the op's own reference. It serves every op."""
 
-from pykernels.core.registry import OPS
+from pykernels.core.declaration import OPS
 
 NAME = "eager"
 

@@ -1,7 +1,6 @@
-"""The recurrences' GPU kernels, called on torch tensors: LSTM, GRU and Elman RNN by Triton, the first two by CUDA.
+"""LSTM, GRU and Elman RNN on torch tensors: results and gradients, uninitialised, and the GPU's launches.
 
-The products with all rows at once, before the loop over the steps and after it, are a library's. Arguments are those of
-the ops in ops/rnn.py.
+The products with all rows at once, before the loop over the steps and after it, are a library's. Ops: ops/rnn.py.
 """
 
 from __future__ import annotations
@@ -11,111 +10,69 @@ import functools
 import torch
 
 from ..core import native
-from ..core.registry import FLOATS, constant
+from ..core.backends import constant
+from ..core.dtypes import FLOATS, accumulator_of
+from ..core.layout import dense
 
 LSTM, GRU, RNN_TANH, RNN_RELU = range(4)
 GATES = (4, 3, 1, 1)  # rows of the weights, in units of H
-SAVED = (4, 4, 0, 0)  # what backward reads of a step, in units of H: i f g o; r z n and W_hn h + b_hn; nothing
+SAVED_GATES = (4, 4, 0, 0)  # what backward reads of a step, in units of H: i f g o; r z n and W_hn h + b_hn; nothing
+TILE_ROWS = 8  # sequences of a tile of the CUDA kernels
+WEIGHT_COLUMNS = 512  # of which the CUDA kernels' rows of weights have a multiple
 
 
-def outputs(input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *rest):
-    cell, _, training, _ = rest[-4:]
+def outputs(input, batch_sizes, h0, weight_hh, cell, training):
     lead, B, H = input.shape[:-1], h0.size(0), weight_hh.size(0) // GATES[cell]
     step = input.dim() == 2 and batch_sizes is None
-    exact = torch.float64 if input.dtype == torch.float64 else torch.float32
+    acc = accumulator_of(input.dtype)
 
     def saved(width):
-        return input.new_empty(*lead, width * H, dtype=exact) if training and width else input.new_empty(0, dtype=exact)
+        return input.new_empty(*lead, width * H, dtype=acc) if training and width else input.new_empty(0, dtype=acc)
 
     return (
         input.new_empty(*lead, h0.size(1)),
         input.new_empty(0) if step else input.new_empty(h0.shape),
         input.new_empty(B, H) if cell == LSTM else input.new_empty(0),
-        saved(SAVED[cell]),
+        saved(SAVED_GATES[cell]),
         saved(1 if cell == LSTM else 0),
     )
 
 
-# ------------------------------------------------------------------------------------------------ Triton
+def gradients(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, wanted):
+    primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    return tuple(input.new_empty(p.shape if wanted >> i & 1 else 0) for i, p in enumerate(primals))
 
 
-def _from_input(rows, weight_ih, exact):
+# ------------------------------------------------------------------------------------------------ both
+
+
+def _from_input(rows, weight_ih, acc):
     """W_ih x of all rows, not rounded to the input's dtype."""
-    if rows.is_cuda and exact != rows.dtype and torch.version.hip is None:
-        return torch.mm(rows, weight_ih.t(), out_dtype=exact)
-    return rows.to(exact) @ weight_ih.t().to(exact)
+    if rows.is_cuda and acc != rows.dtype and torch.version.hip is None:
+        return torch.mm(rows, weight_ih.t(), out_dtype=acc)
+    return rows.to(acc) @ weight_ih.t().to(acc)
 
 
-def triton(*arguments):
-    from ..kernels import rnn as kernels
-
-    input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, resets = (
-        t if t is None else t.contiguous() for t in arguments[:11]
-    )
-    cell, reverse = arguments[11:13]
-    output, h_n, c_n, gates, cells = outputs(*arguments)
-    step = input.dim() == 2 and batch_sizes is None
-    initial = c0 if cell == LSTM else h0 if cell == GRU else None
-    if step:
-        pre, T, h, state, new_state = None, 1, h0, initial, c_n if cell == LSTM else None
-    else:
-        rows = input.flatten(0, -2)
-        pre = _from_input(rows, weight_ih, gates.dtype)
-        T = len(input) if batch_sizes is None else len(batch_sizes)
-        state = new_state = None if initial is None else initial.to(gates.dtype, copy=True)
-        h_n.copy_(h0)
-        h = h0.new_empty(len(rows) + len(h0), h0.size(1))  # output and, below it, h0: the kernel reads either
-        h[len(rows) :] = h0
-        output = h[: len(rows)].view_as(output)
-    kernels.forward(
-        *(input, pre, T, batch_sizes, h, len(h) - len(h0), weight_ih, weight_hh, bias_ih, bias_hh, weight_hr),
-        *(lengths, resets),
-        *(cell, reverse, output, None if step else h_n, state, new_state),
-        None if weight_hr is None else output.new_empty(c_n.shape),
-        gates if gates.numel() else None,
-        cells if cells.numel() else None,
-    )
-    if cell == LSTM and not step:
-        c_n.copy_(state)
-    return output, h_n, c_n, gates, cells
-
-
-def triton_backward(*arguments):
-    from ..kernels import rnn as kernels
-
-    tensors, state, grad_gates, previous, grad_hidden = _prepare_backward(*arguments)
-    grad_output, _, _, input, batch_sizes, h0, c0, _, weight_hh, _, _, weight_hr = tensors[:12]
-    kernels.backward(
-        grad_output,
-        1 if input.dim() == 2 and batch_sizes is None else len(input) if batch_sizes is None else len(batch_sizes),
-        *(batch_sizes, h0, c0, weight_hh.t().contiguous(), None if weight_hr is None else weight_hr.t().contiguous()),
-        *(*tensors[12:], *arguments[17:19], *state, grad_gates, grad_hidden, previous),
-    )
-    return _finish_backward(tensors, arguments, state, grad_gates, previous, grad_hidden)
-
-
-def _prepare_backward(*arguments):
-    """(contiguous tensors; (dh, dc) of the final state, to become the initial one's; what the loop is to write)."""
-    tensors = [t if t is None else t.contiguous() for t in arguments[:17]]
-    _, grad_h_n, grad_c_n, input, _, h0, _, _, weight_hh, _, _, weight_hr = tensors[:12]
-    cell, _, wanted, _ = arguments[17:]
-    exact, rows, (B, P) = tensors[15].dtype, input.shape[:-1].numel(), h0.shape
+def _prepare_backward(input, h0, weight_hh, weight_hr, grad_h_n, grad_c_n, gates, cell, wanted):
+    """(dh, dc) of the final state, to become the initial one's; what the loop is to write: dgates, h before, dh."""
+    acc, rows, (B, P) = gates.dtype, input.shape[:-1].numel(), h0.shape
     H = weight_hh.size(0) // GATES[cell]
 
     def state(grad, width):
-        return input.new_zeros(B, width, dtype=exact) if grad is None else grad.to(exact, copy=True)
+        return input.new_zeros(B, width, dtype=acc) if grad is None else grad.to(acc, copy=True)
 
     grad_h, grad_c = state(grad_h_n, P), state(grad_c_n, H) if cell == LSTM else None
-    grad_gates = input.new_empty(rows, max(SAVED[cell], 1) * H)
+    grad_gates = input.new_empty(rows, max(SAVED_GATES[cell], 1) * H)
     previous = input.new_empty(rows, P) if wanted >> 4 & 1 else None
     grad_hidden = None if weight_hr is None else input.new_empty(rows, P)
-    return tensors, (grad_h, grad_c), grad_gates, previous, grad_hidden
+    return grad_h, grad_c, grad_gates, previous, grad_hidden
 
 
-def _finish_backward(tensors, arguments, state, grad_gates, previous, grad_hidden):
+def _finish_backward(
+    input, weight_ih, weight_hh, lengths, gates, cells, grad_h, grad_c, grad_gates, previous, grad_hidden, cell, wanted
+):
     """All gradients, from what the loop left: one product each."""
-    input, weight_ih, weight_hh, lengths, gates, cells = (tensors[i] for i in (3, 7, 8, 12, 15, 16))
-    (grad_h, grad_c), (cell, _, wanted, _), exact = state, arguments[17:], gates.dtype
+    acc = gates.dtype
     H = weight_hh.size(0) // GATES[cell]
     rows, from_input, from_hidden = input.flatten(0, -2), grad_gates, grad_gates
     if lengths is not None:  # padding may hold anything, and 0 · NaN is NaN
@@ -134,11 +91,70 @@ def _finish_backward(tensors, arguments, state, grad_gates, previous, grad_hidde
         lambda: grad_c.to(input.dtype),
         lambda: in_order(from_input.mT @ rows),
         lambda: from_hidden.mT @ previous,
-        lambda: in_order(from_input.sum(0, dtype=exact)).to(input.dtype),
-        lambda: from_hidden.sum(0, dtype=exact).to(input.dtype),
+        lambda: in_order(from_input.sum(0, dtype=acc)).to(input.dtype),
+        lambda: from_hidden.sum(0, dtype=acc).to(input.dtype),
         lambda: grad_hidden.mT @ (gates.flatten(0, -2)[:, 3 * H :] * cells.flatten(0, -2).tanh()).to(input.dtype),
     )
     return tuple(formula() if wanted >> i & 1 else input.new_empty(0) for i, formula in enumerate(formulas))
+
+
+# ------------------------------------------------------------------------------------------------ Triton
+
+
+def triton(
+    input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, resets, cell, reverse,
+    training,
+):  # fmt: skip
+    from ..kernels import rnn as kernels
+
+    input, batch_sizes, h0, c0, lengths, resets = dense(input, batch_sizes, h0, c0, lengths, resets)
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = dense(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    output, h_n, c_n, gates, cells = outputs(input, batch_sizes, h0, weight_hh, cell, training)
+    step = input.dim() == 2 and batch_sizes is None
+    initial = c0 if cell == LSTM else h0 if cell == GRU else None
+    if step:
+        pre, T, h, state, new_state = None, 1, h0, initial, c_n if cell == LSTM else None
+    else:
+        rows = input.flatten(0, -2)
+        pre = _from_input(rows, weight_ih, gates.dtype)
+        T = len(input) if batch_sizes is None else len(batch_sizes)
+        state = new_state = None if initial is None else initial.to(gates.dtype, copy=True)
+        h_n.copy_(h0)
+        h = h0.new_empty(len(rows) + len(h0), h0.size(1))  # output and, below it, h0: the kernel reads either
+        h[len(rows) :] = h0
+        output = h[: len(rows)].view_as(output)
+    kernels.forward(
+        x=input, pre=pre, T=T, batch_sizes=batch_sizes, h=h, row_0=len(h) - len(h0),
+        w_ih=weight_ih, w_hh=weight_hh, b_ih=bias_ih, b_hh=bias_hh, w_hr=weight_hr, lengths=lengths, resets=resets,
+        cell=cell, reverse=reverse, output=output, h_n=None if step else h_n, state=state, new_state=new_state,
+        hidden=None if weight_hr is None else output.new_empty(c_n.shape),
+        gates=gates if gates.numel() else None, cells=cells if cells.numel() else None,
+    )  # fmt: skip
+    if cell == LSTM and not step:
+        c_n.copy_(state)
+    return output, h_n, c_n, gates, cells
+
+
+def triton_backward(
+    grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weight_ih, weight_hh, weight_hr, lengths, resets,
+    output, gates, cells, cell, reverse, wanted,
+):  # fmt: skip
+    from ..kernels import rnn as kernels
+
+    grad_output, grad_h_n, grad_c_n, input, batch_sizes = dense(grad_output, grad_h_n, grad_c_n, input, batch_sizes)
+    h0, c0, weight_ih, weight_hh, weight_hr = dense(h0, c0, weight_ih, weight_hh, weight_hr)
+    lengths, resets, output, gates, cells = dense(lengths, resets, output, gates, cells)
+    work = _prepare_backward(input, h0, weight_hh, weight_hr, grad_h_n, grad_c_n, gates, cell, wanted)
+    grad_h, grad_c, grad_gates, previous, grad_hidden = work
+    kernels.backward(
+        grad_output=grad_output,
+        T=1 if input.dim() == 2 and batch_sizes is None else len(input) if batch_sizes is None else len(batch_sizes),
+        batch_sizes=batch_sizes, h0=h0, c0=c0, w_hh_t=weight_hh.t().contiguous(),
+        w_hr_t=None if weight_hr is None else weight_hr.t().contiguous(), lengths=lengths, resets=resets,
+        output=output, gates=gates, cells=cells, cell=cell, reverse=reverse, grad_h=grad_h, grad_c=grad_c,
+        grad_gates=grad_gates, grad_hidden=grad_hidden, previous=previous,
+    )  # fmt: skip
+    return _finish_backward(input, weight_ih, weight_hh, lengths, gates, cells, *work, cell, wanted)
 
 
 # ------------------------------------------------------------------------------------------------ CUDA
@@ -156,8 +172,11 @@ def _measured(device, dtype, H, cell, backward) -> bool:
     return torch.ops.pykernels_cuda.rnn_fits(torch.empty(0, dtype=dtype, device=device), H, cell, backward)
 
 
-def cuda_declines(input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *rest) -> str | None:
-    cell, training, H = rest[2], rest[4], h0.size(1)
+def cuda_declines(
+    input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, resets, cell, reverse,
+    training,
+) -> str | None:  # fmt: skip
+    H = h0.size(1)
     if input.dtype not in FLOATS:
         return "it takes fp32, bf16 and fp16"
     if cell not in (LSTM, GRU):
@@ -187,9 +206,9 @@ def _sequence_in(input, batch_sizes):
 
 def _scratch(weights, B):
     """(exchange, counters) for weights [groups, rows, K]."""
-    tiles = -(-B // 8)
+    tiles = -(-B // TILE_ROWS)
     counters = torch.zeros(tiles, 32, dtype=torch.int32, device=weights.device)
-    return weights.new_zeros(2, 8 * tiles, weights.size(2)), counters
+    return weights.new_zeros(2, TILE_ROWS * tiles, weights.size(2)), counters
 
 
 # The kernels' layouts of the recurrent weights, made anew at each call: one strided copy (two if 8 does not divide H),
@@ -200,7 +219,7 @@ def _scratch(weights, B):
 def _by_octets(weight_hh, G, H):
     """[octets of units, 4 gates · 8 units, K], K a multiple of 512 from H: forward's."""
     whole, rest = divmod(H, 8)
-    shape = whole + bool(rest), 4, 8, -(-H // 512) * 512
+    shape = whole + bool(rest), 4, 8, -(-H // WEIGHT_COLUMNS) * WEIGHT_COLUMNS
     weights = weight_hh.new_empty(shape) if (G, rest, shape[3]) == (4, 0, H) else weight_hh.new_zeros(shape)
     by_gate, inside = weight_hh.view(G, H, H), weights[:, :G, :, :H]
     if whole:
@@ -213,18 +232,19 @@ def _by_octets(weight_hh, G, H):
 def _transposed(weight_hh, G, H):
     """[groups of units, 16 (fp32: 8) units, K], a multiple of 512 from 4 · H, by unit, then gate: backward's."""
     group = 16 if weight_hh.itemsize == 2 else 8
-    shape = -(-H // group) * group, -(-4 * H // 512) * 512
+    shape = -(-H // group) * group, -(-4 * H // WEIGHT_COLUMNS) * WEIGHT_COLUMNS
     weights = weight_hh.new_empty(shape) if (G, *shape) == (4, H, 4 * H) else weight_hh.new_zeros(shape)
     weights[:H].unflatten(1, (-1, 4))[:, :H, :G] = weight_hh.view(G, H, H).permute(2, 1, 0)
     return weights.unflatten(0, (-1, group))
 
 
-def cuda(*arguments):
-    input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, _, lengths, resets = (
-        t if t is None else t.contiguous() for t in arguments[:11]
-    )
-    cell, reverse = arguments[11:13]
-    output, h_n, c_n, gates, cells = outputs(*arguments)
+def cuda(
+    input, batch_sizes, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, resets, cell, reverse,
+    training,
+):  # fmt: skip
+    input, batch_sizes, h0, c0, lengths, resets = dense(input, batch_sizes, h0, c0, lengths, resets)
+    weight_ih, weight_hh, bias_ih, bias_hh = dense(weight_ih, weight_hh, bias_ih, bias_hh)
+    output, h_n, c_n, gates, cells = outputs(input, batch_sizes, h0, weight_hh, cell, training)
     rows, (B, H), (T, offsets) = input.flatten(0, -2), h0.shape, _sequence_in(input, batch_sizes)
     state = (c0 if cell == LSTM else h0).to(gates.dtype, copy=True)
     h_n.copy_(h0)
@@ -242,12 +262,15 @@ def cuda(*arguments):
     return output, h_n, c_n, gates, cells
 
 
-def cuda_backward(*arguments):
-    tensors, state, grad_gates, previous, _ = _prepare_backward(*arguments)
-    grad_output, _, _, input, batch_sizes, h0, c0, _, weight_hh, _, _, _, lengths, resets, output, gates, cells = (
-        tensors
-    )
-    cell, reverse = arguments[17:19]
+def cuda_backward(
+    grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weight_ih, weight_hh, lengths, resets, output, gates,
+    cells, cell, reverse, wanted,
+):  # fmt: skip
+    grad_output, grad_h_n, grad_c_n, input, batch_sizes = dense(grad_output, grad_h_n, grad_c_n, input, batch_sizes)
+    h0, c0, weight_ih, weight_hh, lengths, resets = dense(h0, c0, weight_ih, weight_hh, lengths, resets)
+    output, gates, cells = dense(output, gates, cells)
+    work = _prepare_backward(input, h0, weight_hh, None, grad_h_n, grad_c_n, gates, cell, wanted)
+    grad_h, grad_c, grad_gates, previous, _ = work
     (B, H), (T, offsets), lstm = h0.shape, _sequence_in(input, batch_sizes), cell == LSTM
     if T and B:
         weights = _transposed(weight_hh, GATES[cell], H)
@@ -255,6 +278,6 @@ def cuda_backward(*arguments):
             "rnn_backward",
             *(None if grad_output is None else grad_output.flatten(0, -2), weights, h0, c0, lengths, resets, offsets),
             *(output.flatten(0, -2), gates.flatten(0, -2), cells.flatten(0, -2) if lstm else None),
-            *(*state, grad_gates, previous, *_scratch(weights, B), T, cell, reverse, _CLUSTER),
+            *(grad_h, grad_c, grad_gates, previous, *_scratch(weights, B), T, cell, reverse, _CLUSTER),
         )
-    return _finish_backward(tensors, arguments, state, grad_gates, previous, None)
+    return _finish_backward(input, weight_ih, weight_hh, lengths, gates, cells, *work, cell, wanted)

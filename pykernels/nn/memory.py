@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import BatchNorm1d, Embedding, LayerNorm, Linear, Module, Parameter
 
+from ..core.dtypes import is_autocast_on
 from ..core.expect import (
     expect,
     expect_alike,
@@ -22,7 +23,6 @@ from ..core.expect import (
     expect_tensor,
     expect_type,
 )
-from ..core.registry import is_autocast_on
 from ..ops.attention import MAX_HEAD_DIM, attention
 from ..ops.product_key import product_key_memory
 from ..ops.topk import topk_memory

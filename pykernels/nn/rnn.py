@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ..core.dtypes import is_autocast_on
 from ..core.expect import can_read, expect, expect_type
-from ..core.registry import is_autocast_on
 from ..ops import rnn as ops
 
 State = Tensor | tuple[Tensor, Tensor]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter
 
+from ..core.dtypes import FLOATS, accumulator_of, is_autocast_on
 from ..core.expect import (
     expect,
     expect_alike,
@@ -23,8 +24,8 @@ from ..core.expect import (
     expect_tensor,
     expect_type,
 )
-from ..core.registry import FLOATS, is_autocast_on
-from ..ops import wkv4 as ops
+from ..ops.wkv import log_decay
+from ..ops.wkv4 import wkv4
 
 _OTHER_NAMES = {"time_mix_key": "time_mix_k", "time_mix_value": "time_mix_v", "time_mix_receptance": "time_mix_r"}
 
@@ -137,17 +138,17 @@ class RWKV4TimeMix(_Mix):
             expect(count == 2, "state", "two tensors (shift, wkv)", count)
             shift, wkv = state
         before, shift = self._before(x, shift, "state[0]")
-        exact = ops.exact_of(x.dtype)
+        acc = accumulator_of(x.dtype)
         if wkv is not None:
             B, C = x.size(0), self.time_decay.size(0)
-            expect_tensor(wkv, "state[1]", "[B, 3, dim_att]", (exact,))
+            expect_tensor(wkv, "state[1]", "[B, 3, dim_att]", (acc,))
             expect_shape(wkv, "state[1]", (B, 3, C), "x and dim_att")
             expect_device(wkv, "state[1]", x, "x")
         k = self.key(_mix(x, before, self.time_mix_k))
         v = self.value(_mix(x, before, self.time_mix_v))
         r = self.receptance(_mix(x, before, self.time_mix_r)).sigmoid()
-        w = ops.log_decay(self.time_decay.to(exact), "exp")
-        y, wkv = ops.wkv4(w, self.time_first.to(exact), k, v, wkv)
+        w = log_decay(self.time_decay.to(acc), "exp")
+        y, wkv = wkv4(w=w, u=self.time_first.to(acc), k=k, v=v, state=wkv)
         return self.output(r * y), (shift, wkv)
 
 

@@ -12,12 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.backends import REFERENCE
+from ..core.declaration import public
+from ..core.dtypes import autocast
 from ..core.expect import expect, expect_alike, expect_tensor
-from ..core.registry import INTERPRET, REFERENCE, Sample, Workload, autocast, register, torch_op
+from ..core.torch_op import torch_op
+from ..launch import product_key as launch
 from . import topk
-from .topk import apart, check_k, check_rows, enlarged, grid, triton_search_declines
+from .topk import check_k, check_rows
 from .weighted_gather import check_sparse, gather, gather_backward_op, gather_op, sparse_gather
-from .wkv4 import exact_of
 
 
 def search(
@@ -25,7 +28,7 @@ def search(
     sub_keys: Tensor,  # [H, 2, n, d/2]
     k: int,
 ) -> tuple[Tensor, Tensor]:
-    """(scores, exact, and ids [N, H, k]) by two searches and a stable sort of the candidate pairs."""
+    """(scores in the accumulators' dtype, ids), [N, H, k], by two searches and a stable sort of the candidate pairs."""
     N, H, d = query.shape
     n = sub_keys.size(2)
     scores, places = topk.search(query.reshape(N, 2 * H, d // 2), sub_keys.flatten(0, 1), k, 1.0)
@@ -58,58 +61,61 @@ def lookup(search, gather):
     return look
 
 
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def _check_search(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, int]:
+    """(the query as [N, H, d], k)."""
+    check_rows(query, "query", "[..., H, d]", 2)
+    H, d = query.shape[-2:]
+    expect(d >= 2 and d % 2 == 0, "query", "an even d in [..., H, d]", query)
+    expect_tensor(sub_keys, "sub_keys", "[H, 2, n, d/2]")
+    fits = (sub_keys.size(0), sub_keys.size(1), 2 * sub_keys.size(3)) == (H, 2, d)
+    if not fits:
+        expect(False, "sub_keys", f"[{H}, 2, n, {d // 2}] to match query", sub_keys)
+    expect_alike(sub_keys, "sub_keys", query, "query")
+    k = check_k(k, sub_keys.size(2), "the number of sub-keys")
+    return query.flatten(0, -3) if query.dim() > 2 else query[None], k
+
+
 # ------------------------------------------------------------------------------------------------ torch op
 
 
-def _outputs(query, sub_keys, k, backend):
-    shape = (query.size(0), query.size(1), k)
-    return query.new_empty(shape, dtype=exact_of(query.dtype)), query.new_empty(shape, dtype=torch.int64)
-
-
-def _save(ctx, inputs, output):
-    query, sub_keys, _, ctx.backend = inputs
-    ctx.save_for_backward(query, sub_keys, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad_scores, _):
+def _gradient(grad_scores, query, sub_keys, ids, needs, backend):
     """A sum's gradient goes to both of its halves: the gradients of two searches over n, side by side."""
-    query, sub_keys, ids = ctx.saved_tensors
     N, H, k = ids.shape
     n = sub_keys.size(2)
     keys = sub_keys.flatten(0, 1)  # [2H, n, d/2]
     halves = query.reshape(N, 2 * H, keys.size(2))
     places = torch.stack((ids // n, ids % n), 2).view(N, 2 * H, k)
     weights = grad_scores[:, :, None].expand(N, H, 2, k).reshape(N, 2 * H, k)
-    grad_query = grad_keys = None
-    if ctx.needs_input_grad[0]:
-        grad_query = gather_op(keys, places, weights, ctx.backend).view(query.shape)
-    if ctx.needs_input_grad[1]:
-        grad_keys = gather_backward_op(halves, keys, places, weights, True, False, ctx.backend)[0].view(sub_keys.shape)
-    return grad_query, grad_keys, None, None
-
-
-def _triton(query, sub_keys, k, backend):
-    from ..kernels import product_key as kernels
-
-    results = _outputs(query, sub_keys, k, backend)
-    kernels.search(query.contiguous(), sub_keys.contiguous(), *results)
-    return results
+    grads = {}
+    if "query" in needs:
+        grads["query"] = gather_op(keys, places, weights, backend).view(query.shape)
+    if "sub_keys" in needs:
+        grad_keys, _ = gather_backward_op(halves, keys, places, weights, True, False, backend)
+        grads["sub_keys"] = grad_keys.view(sub_keys.shape)
+    return grads
 
 
 search_op = torch_op(
-    "product_key_search(Tensor query, Tensor sub_keys, int k, int backend) -> (Tensor, Tensor)",
-    fake=_outputs,
-    implementations={"triton": _triton},
-    setup_context=_save,
-    backward=_backward,
+    "product_key_search(Tensor query, Tensor sub_keys, int k, int backend) -> (Tensor scores, Tensor ids)",
+    fake=launch.outputs,
+    launchers={"triton": launch.triton},
+    gradient=_gradient,
 )
 
 
 # ------------------------------------------------------------------------------------------------ public functions
 
 
-def _product_key_search(run, query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+@public(
+    kernel=search_op,
+    reference=search,
+    supports={"cpu": lambda *_: None, "triton": lambda query, sub_keys, k: launch.triton_declines(query, k)},
+    differentiable=("query", "sub_keys"),
+)
+def product_key_search(run, query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Search of n² product keys per head: the k best sums of a score in each of two sets of n keys.
 
     Args:
@@ -135,7 +141,13 @@ def _product_key_search(run, query: Tensor, sub_keys: Tensor, k: int) -> tuple[T
     return scores.to(query.dtype).reshape(shape), ids.reshape(shape)
 
 
-def _product_key_memory(
+@public(
+    kernel=lookup(search_op, gather_op),
+    reference=lookup(search, gather),
+    supports={"cpu": lambda *_: None, "triton": lambda query, s, values, k, sparse: launch.triton_declines(query, k)},
+    differentiable=("query", "sub_keys", "values"),
+)
+def product_key_memory(
     run,
     query: Tensor,
     sub_keys: Tensor,
@@ -179,117 +191,3 @@ def _product_key_memory(
         return output
     shape = (*query.shape[:-1], k)
     return output, weights.to(query.dtype).reshape(shape), ids.reshape(shape)
-
-
-def _check_search(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, int]:
-    """(the query as [N, H, d], k)."""
-    check_rows(query, "query", "[..., H, d]", 2)
-    H, d = query.shape[-2:]
-    expect(d >= 2 and d % 2 == 0, "query", "an even d in [..., H, d]", query)
-    expect_tensor(sub_keys, "sub_keys", "[H, 2, n, d/2]")
-    fits = (sub_keys.size(0), sub_keys.size(1), 2 * sub_keys.size(3)) == (H, 2, d)
-    if not fits:
-        expect(False, "sub_keys", f"[{H}, 2, n, {d // 2}] to match query", sub_keys)
-    expect_alike(sub_keys, "sub_keys", query, "query")
-    k = check_k(k, sub_keys.size(2), "the number of sub-keys")
-    return query.flatten(0, -3) if query.dim() > 2 else query[None], k
-
-
-# ------------------------------------------------------------------------------------------------ declaration
-
-
-def _inputs(n, d, shape, k, *, heads=1, dv=None, draw="normal", large=False):
-    """make(dtype, device). shape: of the queries, without heads and d. draw: "grid" ties, "normal" nowhere nearly.
-    large: scores are of ±1e38."""
-
-    def make(dtype, device):
-        options = dict(dtype=dtype, device=device)
-        if draw == "grid":
-            query, keys = grid(*shape, heads, d, **options), grid(heads, 2, n, d // 2, **options)
-        else:
-            keys = torch.randn(heads, 2, n, d // 2, **options)
-            exact = keys.double()
-            query = apart(
-                lambda count: torch.randn(count, heads, d, **options),
-                lambda query: search(query.double(), exact, min(k + 1, n))[0],
-                shape.numel(),
-            ).view(*shape, heads, d)
-            if large:
-                query, keys = enlarged(query), enlarged(keys)
-        inputs = dict(query=query, sub_keys=keys)
-        if dv is not None:
-            inputs["values"] = torch.randn(n * n, dv, **options)
-        return inputs | dict(k=k)
-
-    shape = torch.Size(shape)
-    return make
-
-
-def _flops(inputs) -> float:
-    return 2.0 * inputs["query"].numel() * inputs["sub_keys"].size(2)
-
-
-def _traffic(inputs) -> float:
-    query, sub_keys, k = inputs["query"], inputs["sub_keys"], inputs["k"]
-    H, d = query.shape[-2:]
-    n, size = query.numel() // d, query.element_size()
-    if "values" in inputs:
-        results = (n * k + n // H) * inputs["values"].size(1) * size
-    else:
-        results = n * k * (size + 8)
-    return float((query.numel() + sub_keys.numel()) * size + results)
-
-
-def _workloads(dv=None):
-    for N, H, n, d, k in ((1, 4, 512, 256, 32), (1024, 4, 512, 256, 32)):
-        for train in (False,) if dv is None else (False, True):
-            yield Workload(
-                f"N{N} H{H} n{n} d{d} k{k}" + ("" if dv is None else f" dv{dv}"),
-                _inputs(n, d, (N,), k, heads=H, dv=dv, draw="normal"),
-                flops=_flops,
-                bytes=_traffic,
-                train=train,
-                train_flops=1.0,  # backward touches the k selected rows alone
-                quick=True,
-            )
-
-
-product_key_search = register(
-    _product_key_search,
-    kernel=search_op,
-    reference=search,
-    supports={"cpu": lambda *_: None, "triton": lambda query, sub_keys, k: triton_search_declines(query, k)},
-    samples=[
-        Sample("plain", _inputs(8, 6, (5,), 4)),
-        Sample("one sub-key", _inputs(1, 2, (3,), 1)),
-        Sample("one query", _inputs(20, 14, (), 9, heads=3)),
-        Sample("all sub-keys", _inputs(11, 8, (4,), 11, heads=2)),
-        Sample("odd sizes, two batch dimensions", _inputs(37, 26, (2, 3), 13, heads=2)),
-        Sample("ties", _inputs(130 if INTERPRET else 600, 12, (3 if INTERPRET else 7,), 32, draw="grid")),
-        Sample(
-            "ties, heads, many queries",
-            _inputs(*((20, 10, (9,), 12) if INTERPRET else (40, 40, (70,), 32)), heads=4, draw="grid"),
-        ),
-        Sample("scores of ±1e38", _inputs(20, 10, (5,), 4, large=True)),
-        Sample("no queries", _inputs(6, 4, (0,), 3, draw="grid")),
-    ],
-    workloads=_workloads(),
-    differentiable=("query", "sub_keys"),
-)
-
-product_key_memory = register(
-    _product_key_memory,
-    kernel=lookup(search_op, gather_op),
-    reference=lookup(search, gather),
-    supports={"cpu": lambda *_: None, "triton": lambda query, s, values, k, sparse: triton_search_declines(query, k)},
-    samples=[
-        Sample("plain", _inputs(8, 6, (5,), 4, dv=7)),
-        Sample("weights", lambda *a: _inputs(8, 6, (5,), 4, heads=2, dv=7)(*a) | dict(return_weights=True)),
-        Sample("heads, two batch dimensions", _inputs(15, 12, (2, 3), 9, heads=3, dv=10)),
-        Sample("ties", _inputs(30, 12, (3 if INTERPRET else 9,), 30, heads=2, dv=33, draw="grid")),
-        Sample("scores of ±1e38", _inputs(20, 10, (5,), 4, dv=6, large=True)),
-        Sample("no queries", _inputs(6, 4, (0,), 3, dv=5, draw="grid")),
-    ],
-    workloads=_workloads(dv=512),
-    differentiable=("query", "sub_keys", "values"),
-)

@@ -2,23 +2,63 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from ..core.expect import expect_device, expect_number, expect_shape, expect_tensor
-from ..core.registry import FLOATS, Sample, Workload, autocast, register, triton_declines, wants_gradient
-from .linear_recurrence import cuda_declines, linear_recurrence, reference
-from .wkv4 import check_decay, exact_of, in_exact
+from ..core.backends import triton_declines
+from ..core.declaration import public
+from ..core.dtypes import DTYPES, accumulator_of, autocast, cast
+from ..core.expect import can_read, expect, expect_device, expect_number, expect_shape, expect_tensor, expect_type
+from ..core.torch_op import wants_gradient
+from ..launch.linear_recurrence import cuda_declines
+from .linear_recurrence import linear_recurrence, reference
 
-_DTYPES = (torch.float64, *FLOATS)
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def check_decay(w: Tensor, name: str) -> None:
+    if can_read(w) and w.numel():
+        largest = (w.detach() if w.requires_grad else w).max().item()
+        expect(not largest > 0, name, "log decays ≤ 0 (log_decay converts other forms)", largest)
+
+
+def _check(r: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> torch.dtype:
+    """What both functions have; returns the dtype of states and sums."""
+    expect_tensor(r, "r", "[B, T, H, K]", DTYPES)
+    shape, dtype, acc = r.shape, r.dtype, accumulator_of(r.dtype)
+    B, T, H, K = shape
+    _check_one(k, "k", "[B, T, H, K]", shape, (dtype,), r)
+    expect_tensor(v, "v", "[B, T, H, V]")
+    V = v.size(3)
+    _check_one(v, "v", "[B, T, H, V]", (B, T, H, V), (dtype,), r)
+    if state is not None:
+        _check_one(state, "state", "[B, H, K, V]", (B, H, K, V), (acc,), r)
+    return acc
+
+
+def _check_one(value: Tensor, name: str, layout: str, shape: tuple, dtypes: tuple[torch.dtype, ...], r: Tensor) -> None:
+    """That layout and shape, one of the dtypes, r's device."""
+    expect_tensor(value, name, layout, dtypes)
+    expect_shape(value, name, shape, "r")
+    expect_device(value, name, r, "r")
 
 
 # ------------------------------------------------------------------------------------------------ public functions
 
 
-def _wkv6(
+_made_of = functools.partial(
+    public,
+    kernel=linear_recurrence,
+    reference=reference,
+    supports={"cpu": lambda *_: None, "triton": triton_declines, "cuda": cuda_declines},
+)
+
+
+@_made_of(differentiable=("r", "k", "v", "w", "u", "state"))
+def wkv6(
     run,
     r: Tensor,
     k: Tensor,
@@ -50,8 +90,8 @@ def _wkv6(
     Source: Peng et al., 2404.05892. The public kernels keep the state as [V, K].
     """
     r, k, v = autocast(r, k, v)
-    exact = _check(r, k, v, state)
-    dtypes, shape = (r.dtype, exact), r.shape
+    acc = _check(r, k, v, state)
+    dtypes, shape = (r.dtype, acc), r.shape
     _, _, H, K = shape
     _check_one(u, "u", "[H, K]", (H, K), dtypes, r)
     constant = isinstance(w, Tensor) and w.dim() == 2
@@ -59,13 +99,15 @@ def _wkv6(
     _check_one(w, "w", layout, sizes, dtypes, r)
     check_decay(w, "w")
     scale = expect_number(scale, "scale")
-    w = in_exact(w, exact)
+    w, u = cast(w, acc), cast(u, acc)
     if constant:
         w = w.expand(shape)
-    return _run(run, scale, r, w, k, v, in_exact(u, exact), None, None, state)
+    y, final, *_ = run(r, w, k, v, u=u, state=state, scale=scale, training=wants_gradient(r, w, k, v, u, state))
+    return y, final
 
 
-def _wkv7(
+@_made_of(differentiable=("r", "w", "k", "v", "a", "b", "state"))
+def wkv7(
     run,
     r: Tensor,
     w: Tensor,
@@ -97,151 +139,35 @@ def _wkv7(
     Source: Peng et al., 2503.14456. The public kernels keep the state as [V, K].
     """
     r, k, v, a, b = autocast(r, k, v, a, b)
-    exact = _check(r, k, v, state)
+    acc = _check(r, k, v, state)
     dtype, shape = r.dtype, r.shape
-    _check_one(w, "w", "[B, T, H, K]", shape, (dtype, exact), r)
+    _check_one(w, "w", "[B, T, H, K]", shape, (dtype, acc), r)
     _check_one(a, "a", "[B, T, H, K]", shape, (dtype,), r)
     _check_one(b, "b", "[B, T, H, K]", shape, (dtype,), r)
     check_decay(w, "w")
     scale = expect_number(scale, "scale")
-    return _run(run, scale, r, in_exact(w, exact), k, v, None, a, b, state)
+    w = cast(w, acc)
+    training = wants_gradient(r, w, k, v, a, b, state)
+    y, final, *_ = run(r, w, k, v, a=a, b=b, state=state, scale=scale, training=training)
+    return y, final
 
 
-def _run(run, scale: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    return run(*tensors, scale, wants_gradient(*tensors))[:2]
+def log_decay(decay: Tensor, convention: str) -> Tensor:
+    """The log decay (≤ 0, what `wkv4`, `wkv6` and `wkv7` take as w) from what public code calls w or time_decay.
 
+    Args:
+        decay: any shape, any floating dtype.
+        convention: "log": it is the log decay; "exp": a step multiplies by e^{−e^decay} (time_decay of RWKV-4 to -6, w
+            of RWKV-7's kernels); "sigmoid": by e^{−e^{−½}·σ(decay)}, which is e^{−0.60653·σ(decay)} (RWKV-7's paper).
 
-def _check(r: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> torch.dtype:
-    """What both functions have; returns the dtype of states and sums."""
-    expect_tensor(r, "r", "[B, T, H, K]", _DTYPES)
-    shape, dtype, exact = r.shape, r.dtype, exact_of(r.dtype)
-    B, T, H, K = shape
-    _check_one(k, "k", "[B, T, H, K]", shape, (dtype,), r)
-    expect_tensor(v, "v", "[B, T, H, V]")
-    V = v.size(3)
-    _check_one(v, "v", "[B, T, H, V]", (B, T, H, V), (dtype,), r)
-    if state is not None:
-        _check_one(state, "state", "[B, H, K, V]", (B, H, K, V), (exact,), r)
-    return exact
-
-
-def _check_one(value: Tensor, name: str, layout: str, shape: tuple, dtypes: tuple[torch.dtype, ...], r: Tensor) -> None:
-    """That layout and shape, one of the dtypes, r's device."""
-    expect_tensor(value, name, layout, dtypes)
-    expect_shape(value, name, shape, "r")
-    expect_device(value, name, r, "r")
-
-
-# ------------------------------------------------------------------------------------------------ declarations
-
-
-def _draws(B, T, H, K, V, w, state, scale, constant):
-    """The arguments that both functions have. w: (lowest, highest) log decay; to lowest = −inf, the two and −1e38."""
-
-    def make(dtype, device):
-        exact = exact_of(dtype)
-        low, high = torch.tensor(w).clamp(min=-20.0).neg().log().tolist()
-        decay = torch.empty(*((H, K) if constant else (B, T, H, K)), dtype=exact, device=device).uniform_(high, low)
-        inputs = {
-            name: torch.randn(B, T, H, width, dtype=dtype, device=device) for name, width in zip("rkv", (K, K, V))
-        }
-        inputs |= dict(r=inputs["r"] * K**-0.5, w=-decay.exp(), scale=scale)
-        if math.isinf(w[0]):
-            inputs["w"].view(-1)[::3], inputs["w"].view(-1)[::4] = -1e38, w[0]
-        if state:
-            inputs["state"] = torch.randn(B, H, K, V, dtype=exact, device=device)
-        return inputs
-
-    return make
-
-
-def _inputs6(B, T, H, K, V=None, *, w=(-5.0, -1e-2), state=False, scale=1.0, constant=False):
-    draws = _draws(B, T, H, K, V or K, w, state, scale, constant)
-
-    def make(dtype, device):
-        return draws(dtype, device) | dict(u=torch.randn(H, K, dtype=dtype, device=device))
-
-    return make
-
-
-def _inputs7(B, T, H, K, V=None, *, w=(-5.0, -1e-2), state=False, scale=1.0):
-    """a = −κ̂, b = κ̂∘η with a unit κ̂ and 0 < η < 1, as in the model: the state stays bounded."""
-    draws = _draws(B, T, H, K, V or K, w, state, scale, False)
-
-    def make(dtype, device):
-        inputs = draws(dtype, device)
-        unit = torch.nn.functional.normalize(torch.randn(B, T, H, K, device=device), dim=-1)
-        rate = torch.rand(B, T, H, K, device=device)
-        return inputs | dict(a=-unit.to(dtype), b=(unit * rate).to(dtype))
-
-    return make
-
-
-def _flops(inputs) -> float:
-    """Of the products with the state that no form avoids: reading it and adding to it, and RWKV-7's aᵀS and b sᵀ."""
-    return float((4 if "a" not in inputs else 8) * inputs["k"].numel() * inputs["v"].size(3))
-
-
-def _traffic(inputs) -> float:
-    names = ("r", "k", "v", "w", "a", "b")
-    read = sum(inputs[name].numel() * inputs[name].element_size() for name in names if name in inputs)
-    return float(read + inputs["v"].numel() * inputs["v"].element_size())
-
-
-def _workloads(inputs):
-    for train in (False, True):
-        for B, T, H, K in ((1, 1024, 12, 64), (4, 512, 12, 64), (1, 1, 12, 64)):
-            if T > 1 or not train:
-                yield Workload(
-                    f"B{B} T{T} H{H} K{K}",
-                    inputs(B, T, H, K, state=T == 1),
-                    flops=_flops,
-                    bytes=_traffic,
-                    train=train,
-                    quick=B == 1,
-                )
-
-
-_FEW = 4.0  # where a result is a handful of numbers, eager's error is a matter of luck
-_common = dict(
-    kernel=linear_recurrence,
-    reference=reference,
-    supports={"cpu": lambda *_: None, "triton": triton_declines, "cuda": cuda_declines},
-)
-
-
-def _samples(inputs):
-    return [
-        Sample("plain", inputs(2, 7, 2, 5)),
-        Sample("state", inputs(2, 7, 2, 5, state=True)),
-        Sample("one", inputs(1, 1, 1, 1), _FEW),
-        Sample("one step, state", inputs(2, 1, 3, 16, state=True)),
-        Sample("odd sizes", inputs(1, 21, 2, 19, 23, state=True, scale=0.7)),
-        Sample("several chunks", inputs(1, 75, 2, 16, state=True)),
-        Sample("narrow value", inputs(1, 20, 1, 40, 3, state=True)),
-        Sample("wide value", inputs(1, 20, 1, 6, 70, state=True)),
-        Sample("heads of 64", inputs(1, 34, 2, 64, state=True)),
-        Sample("many sequences", inputs(5, 5, 3, 8)),
-        Sample("slow decay", inputs(1, 70, 1, 17, w=(-1e-5, -1e-6), state=True)),
-        Sample("fast decay", inputs(1, 40, 2, 17, w=(-20.0, -10.0), state=True)),
-        Sample("every decay", inputs(1, 40, 1, 33, w=(-20.0, -1e-6), state=True)),
-        Sample("w of −1e38 and −inf", inputs(1, 40, 1, 17, w=(-math.inf, -1e-2), state=True)),
-        Sample("no steps", inputs(2, 0, 2, 5, state=True)),
-        Sample("no sequences", inputs(0, 4, 2, 5, state=True)),
-    ]
-
-
-wkv6 = register(
-    _wkv6,
-    **_common,
-    samples=[*_samples(_inputs6), Sample("constant decay", _inputs6(2, 37, 2, 8, state=True, constant=True))],
-    workloads=_workloads(_inputs6),
-    differentiable=("r", "k", "v", "w", "u", "state"),
-)
-wkv7 = register(
-    _wkv7,
-    **_common,
-    samples=_samples(_inputs7),
-    workloads=_workloads(_inputs7),
-    differentiable=("r", "w", "k", "v", "a", "b", "state"),
-)
+    Raises:
+        ValueError, TypeError: another convention, dtype; a positive log decay.
+    """
+    expect_type(isinstance(decay, Tensor) and decay.is_floating_point(), "decay", "a floating tensor", decay)
+    if convention == "exp":
+        return -decay.exp()
+    if convention == "sigmoid":
+        return -(math.exp(-0.5) * decay.sigmoid())
+    expect(convention == "log", "convention", "'log', 'exp' or 'sigmoid'", convention)
+    check_decay(decay, "decay")
+    return decay

@@ -22,18 +22,9 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch.utils import _pytree as pytree
 
-from ..core.registry import (
-    BACKENDS,
-    FLOATS,
-    OPS,
-    BackendDeclined,
-    Inputs,
-    Op,
-    Sample,
-    available_backends,
-    unavailable,
-    use_backend,
-)
+from ..core.backends import BACKENDS, BackendDeclined, unavailable, use_backend
+from ..core.declaration import OPS, Inputs, Op, Sample, available_backends
+from ..core.dtypes import FLOATS
 
 # Where eager happens to be exact ours still rounds: a score, the normaliser and the store, once each, and the argument
 # of an exponential, whose rounding is worth as many units as the argument is large.

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from ..core.registry import OPS
+from ..core.declaration import OPS
 from .check import can_run, op_argument
-from .doctor import machine
+from .machine import machine
 from .self_test import architecture
 
 STEPS = {  # name → (the module to run, seconds that one of its parts may take)

@@ -25,8 +25,10 @@ import warnings
 import torch
 
 from .. import kernels
-from ..core import native, registry
-from ..core.registry import BACKENDS, CUDA, FLOATS, OPS, TRITON, BackendDeclined, constant, unavailable
+from ..core import backends, native
+from ..core.backends import BACKENDS, CUDA, TRITON, BackendDeclined, constant, unavailable
+from ..core.declaration import OPS
+from ..core.dtypes import FLOATS
 
 SAMPLES = 8  # of an op, evenly spaced among them all
 UNTESTED = "it has not been tested"
@@ -49,7 +51,7 @@ def verify_on_first_use(enable: bool = True) -> None:
     whether this was called or not, from the file, into which `python -m pykernels gpu` writes too. Without a verdict
     Triton's serve.
     """
-    registry.verify = failure if enable else None
+    backends.verify = failure if enable else None
 
 
 def failure(name: str, backend: int, arguments: tuple) -> str | None:
@@ -62,10 +64,10 @@ def failure(name: str, backend: int, arguments: tuple) -> str | None:
 
 def passed(name: str, backend: int, arguments: tuple) -> bool:
     """Whether a backend is known to have passed: here, on file or, where the user asked for it, in a test now."""
-    return _known(name, backend, *_device_and_dtype(arguments), registry.verify is not None) is None
+    return _known(name, backend, *_device_and_dtype(arguments), backends.verify is not None) is None
 
 
-registry.passed = passed
+backends.passed = passed
 
 
 def _device_and_dtype(arguments: tuple) -> tuple[torch.device, torch.dtype]:

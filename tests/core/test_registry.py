@@ -14,9 +14,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pykernels as pk
+from pykernels.core import backends
 from pykernels.core import expect as checks
-from pykernels.core import registry
-from pykernels.core.registry import OPS, use_backend
+from pykernels.core.backends import use_backend
+from pykernels.core.declaration import OPS
 
 HERE = pathlib.Path(inspect.getfile(pk)).parent
 CHECKED = [*HERE.glob("ops/*.py"), *HERE.glob("nn/*.py")]
@@ -118,14 +119,14 @@ def test_functions_and_references_are_pickled_and_copied(op):
 
 
 def override():
-    return registry.BACKENDS[registry._selection.override]
+    return backends.BACKENDS[backends._selection.override]
 
 
 @pytest.fixture(autouse=True)
 def automatic():
     assert override() == "auto"
     yield
-    registry._selection.__init__()
+    backends._selection.__init__()
 
 
 def test_a_call_lasts_and_a_block_ends():
@@ -137,7 +138,7 @@ def test_a_call_lasts_and_a_block_ends():
     assert override() == "reference"
     for name in ("cpu", "reference") * 20:
         use_backend(name)
-    assert len(registry._selection.levels[0].calls) < 5
+    assert len(backends._selection.levels[0].calls) < 5
     use_backend("auto")
 
 

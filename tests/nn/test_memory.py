@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 import pykernels as pk
-from pykernels.core.registry import CPU, unavailable
+from pykernels.core.backends import CPU, unavailable
 from pykernels.nn import LM2Memory, MemoryLayer, memory_parameter_groups
 from pykernels.nn import memory as module_file
 from pykernels.tools.check import differentiate

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pykernels as pk
-from pykernels.core.registry import CPU, INTERPRET, OPS, TRITON, unavailable
+from pykernels.core.backends import CPU, INTERPRET, TRITON, unavailable
+from pykernels.core.declaration import OPS
 from pykernels.ops.attention import dropout_keep
 from pykernels.tools.check import compare
 

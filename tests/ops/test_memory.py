@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import pykernels as pk
 from pykernels.bench.measure import peak_memory
-from pykernels.core.registry import CPU, CUDA, unavailable
-from pykernels.ops.topk import grid
+from pykernels.core.backends import CPU, CUDA, unavailable
 from pykernels.ops.weighted_gather import gather_backward_op, gather_op
+from pykernels.samples.topk import grid
 from pykernels.tools.check import differentiate, float_leaves
 
 needs_kernels = pytest.mark.skipif(unavailable(CPU, "cpu") is not None, reason=f"cpu: {unavailable(CPU, 'cpu')}")

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 from torch.utils import _pytree as pytree
 
 import pykernels as pk
-from pykernels.core.registry import CPU, INTERPRET, OPS, TRITON, unavailable
+from pykernels.core.backends import CPU, INTERPRET, TRITON, unavailable
+from pykernels.core.declaration import OPS
 from pykernels.ops.rnn import GRU
 from pykernels.tools.check import compare, differentiate
 

@@ -5,10 +5,11 @@ import torch
 from cuda_host import build, host
 
 import pykernels as pk
-from pykernels.core import registry
-from pykernels.core.registry import CUDA, OPS, TRITON, Sample, choose
+from pykernels.core import backends
+from pykernels.core.backends import CUDA, TRITON, choose
+from pykernels.core.declaration import OPS, Sample
 from pykernels.launch import rnn as rnn_gpu
-from pykernels.ops import rnn
+from pykernels.samples import rnn
 from pykernels.tools import self_test as first_use
 from pykernels.tools.check import compare, compare_sample
 
@@ -74,23 +75,20 @@ def test_widest(become):
 def test_they_come_first_once_they_passed_their_test(name, monkeypatch, tmp_path):
     """But for what they do not take."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(registry, "unavailable", lambda backend, device: None)
+    monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
     monkeypatch.setattr(first_use, "_verdicts", {})
-    asked = []
 
     def arguments(*sizes, **options):
-        inputs = rnn._layer(GATES[name], *sizes, **options)(torch.float32, "cpu")
-        OPS[name].body(lambda *args: asked.append(args) or OPS[name].kernel(*args, CUDA), **inputs)
-        return asked[-1]
+        return OPS[name].arguments(**rnn._layer(GATES[name], *sizes, **options)(torch.float32, "cpu"))
 
     taken, wide = arguments(5, 3, 4, 6), arguments(0, 3, 4, 4000)
     gpu = torch.device("cuda", 0)
-    assert choose(name, gpu, taken) == TRITON
-    monkeypatch.setattr(registry, "verify", first_use.failure)
-    assert choose(name, gpu, taken) == CUDA
-    monkeypatch.setattr(registry, "verify", None)
-    assert choose(name, gpu, taken) == CUDA
-    assert choose(name, gpu, wide) == TRITON
+    assert choose(OPS[name], gpu, taken) == TRITON
+    monkeypatch.setattr(backends, "verify", first_use.failure)
+    assert choose(OPS[name], gpu, taken) == CUDA
+    monkeypatch.setattr(backends, "verify", None)
+    assert choose(OPS[name], gpu, taken) == CUDA
+    assert choose(OPS[name], gpu, wide) == TRITON
 
 
 @pytest.mark.filterwarnings("ignore")

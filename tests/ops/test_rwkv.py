@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import pykernels as pk
-from pykernels.core.registry import CPU, unavailable
+from pykernels.core.backends import CPU, unavailable
+from pykernels.launch.wkv4 import SAVED
 from pykernels.nn import RWKV4ChannelMix, RWKV4TimeMix
-from pykernels.ops.wkv4 import CHUNK, EMPTY
+from pykernels.ops.wkv4 import EMPTY
 from pykernels.tools.check import differentiate
 
 needs_kernels = pytest.mark.skipif(unavailable(CPU, "cpu") is not None, reason=f"cpu: {unavailable(CPU, 'cpu')}")
@@ -371,7 +372,7 @@ def lengths_of_one_graph(function, call, wanted):
     """Compiled whole, function gives what it gives otherwise for every length, from one graph.
 
     call(T, B): its arguments, drawn. wanted(arguments): what to differentiate by; nothing is no training. The lengths
-    lie on both sides of CHUNK; no batch is another size, for torch would take the two for one.
+    lie on both sides of SAVED; no batch is another size, for torch would take the two for one.
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -443,7 +444,7 @@ class Called(torch.nn.Module):
 
 
 def exports_with_dynamic_length(module, draw_inputs):
-    """Also for training: for lengths on both sides of CHUNK the exported program has the module's gradients."""
+    """Also for training: for lengths on both sides of SAVED the exported program has the module's gradients."""
     dynamic = {1: torch.export.Dim("T", min=2, max=512)}
     example = draw_inputs(6)
     shapes = pytree.tree_map(lambda _: dynamic, (example,))
@@ -706,12 +707,12 @@ def test_a_model_learns_text_and_speaks_alike_in_both_forms():
 @pytest.mark.parametrize("name", ALL)
 @settings(hypothesis, max_examples=12)
 @given(
-    sizes=st.lists(st.sampled_from([0, 1, 1, 3, CHUNK - 1, CHUNK, CHUNK + 1]), min_size=1, max_size=5),
+    sizes=st.lists(st.sampled_from([0, 1, 1, 3, SAVED - 1, SAVED, SAVED + 1]), min_size=1, max_size=5),
     B=st.integers(1, 3),
     state=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@example(sizes=[7, 0, 1, CHUNK], B=2, state=True, seed=0)
+@example(sizes=[7, 0, 1, SAVED], B=2, state=True, seed=0)
 def test_one_call_equals_any_split(name, dtype, sizes, B, state, seed):
     """Calls that hand on the state give the whole call's output, state and gradients.
 
@@ -928,8 +929,8 @@ class Kept:
 @needs_kernels
 @pytest.mark.parametrize("name", [*ALL, "wkv5"])
 def test_backward_keeps_inputs_and_checkpoints_alone(name):
-    """No state per step: as many bytes as the inputs have, and a state every CHUNK steps."""
-    T = 20 * CHUNK
+    """No state per step: as many bytes as the inputs have, and a state every SAVED steps."""
+    T = 20 * SAVED
     inputs = arguments(name.replace("5", "6"), 2, T, torch.float32)
     if name == "wkv5":
         inputs["w"] = inputs["w"][0, 0].clone()
@@ -945,7 +946,7 @@ def test_backward_keeps_inputs_and_checkpoints_alone(name):
         y, last = getattr(pk, name.replace("5", "6"))(**inputs)
     storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in alive}
     given = sum(t.nbytes for t in inputs.values())
-    assert given / 2 < sum(storages.values()) <= given + last.nbytes * T // CHUNK
+    assert given / 2 < sum(storages.values()) <= given + last.nbytes * T // SAVED
     assert y.requires_grad
 
 

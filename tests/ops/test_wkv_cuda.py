@@ -4,7 +4,8 @@ import pytest
 import torch
 from cuda_host import build, host
 
-from pykernels.core.registry import OPS, BackendDeclined, Sample, use_backend
+from pykernels.core.backends import BackendDeclined, use_backend
+from pykernels.core.declaration import OPS, Sample
 from pykernels.ops import linear_recurrence, wkv, wkv4
 from pykernels.tools.check import compare_sample
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import pykernels
-from pykernels.core import registry
+from pykernels.core import backends, declaration, torch_op
 from pykernels.tools import audit
 from pykernels.tools.audit import baseline, disassembly, environment, ir, measure, model, recorder
 
 triton = pytest.importorskip("triton", reason="the audit compiles Triton kernels")
-if registry.INTERPRET:
+if backends.INTERPRET:
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
 import triton.language as tl  # noqa: E402
 
@@ -187,8 +187,8 @@ def test_new_lengths_compile_few_kernels(name):
     op, make = GROWING[name]
     compiled = collections.defaultdict(set)
     for length in LENGTHS:
-        sample = registry.Sample(f"{length}", lambda dtype, device, length=length: make(length))
-        for launch in recorder.record(registry.OPS[op], sample, torch.bfloat16, ["sm_90"]):
+        sample = declaration.Sample(f"{length}", lambda dtype, device, length=length: make(length))
+        for launch in recorder.record(declaration.OPS[op], sample, torch.bfloat16, ["sm_90"]):
             absent = tuple(at for at, value in launch.constants.items() if value is None)
             compiled[launch.kernel, absent].add(launch.key)
     assert compiled
@@ -486,33 +486,31 @@ def probe():
         add[(triton.cdiv(x.numel(), 1024),)](x, x, result, x.numel(), 1024)
         return result
 
-    def body(run, x):
-        return run(x)
-
-    op = registry.torch_op(
-        "audit_probe(Tensor x, int backend) -> Tensor",
-        fake=lambda x, backend: torch.empty_like(x),
-        implementations={"triton": launch_add},
-        setup_context=lambda ctx, inputs, output: None,
-        backward=lambda ctx, grad: (torch.nn.functional.pad(op(grad[1:], registry.TRITON), (0, 1)), None),
+    op = torch_op.torch_op(
+        "audit_probe(Tensor x, int backend) -> Tensor y",
+        fake=lambda x: torch.empty_like(x),
+        launchers={"triton": launch_add},
+        gradient=lambda grad_y: dict(x=torch.nn.functional.pad(op(grad_y[1:], backends.TRITON), (0, 1))),
     )
-    body.__name__ = "audit_probe"
-    make = lambda dtype, device: dict(x=torch.empty(1 << 12, dtype=dtype, device=device))
-    registry.register(
-        body,
+
+    @declaration.public(
         kernel=op,
         reference=lambda x: x + x,
         supports={"triton": lambda x: "no fp16" if x.dtype == torch.float16 else None},
-        samples=[],
-        workloads=[registry.Workload("plain", make), registry.Workload("again", make)],
         differentiable=("x",),
     )
-    yield registry.OPS.pop("audit_probe")
-    del registry.IMPLEMENTATIONS["audit_probe"]
+    def audit_probe(run, x):
+        return run(x)
+
+    make = lambda dtype, device: dict(x=torch.empty(1 << 12, dtype=dtype, device=device))
+    workloads = [declaration.Workload("plain", make), declaration.Workload("again", make)]
+    declaration.declare(audit_probe, samples=[], workloads=workloads)
+    yield declaration.OPS.pop("audit_probe")
+    del torch_op.IMPLEMENTATIONS["audit_probe"]
 
 
 def test_audit_of_an_op(probe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(registry.OPS, probe.name, probe)
+    monkeypatch.setitem(declaration.OPS, probe.name, probe)
     parser = audit.argparse.ArgumentParser()
     audit.add_arguments(parser)
     file = tmp_path / "audit.json"
@@ -594,7 +592,7 @@ SHIPPED = {  # op → (the end of a workload's name, kernels that it runs)
 @pytest.mark.parametrize("name", SHIPPED)
 def test_kernels_as_they_are_shipped(name, target):
     """One size of each family, forward and backward; `make audit` compiles every configuration for every target."""
-    op, (size, kernels) = registry.OPS[name], SHIPPED[name]
+    op, (size, kernels) = declaration.OPS[name], SHIPPED[name]
     works = [work for work in op.workloads if work.label.endswith(size)]
     launches = {launch.key: launch for work in works for launch in recorder.record(op, work, torch.bfloat16, [target])}
     rows = [measure.inspect(launch) for launch in launches.values()]

@@ -8,12 +8,12 @@ import shutil
 
 import pytest
 
-from pykernels.core import registry
+from pykernels.core import backends
 from pykernels.tools import audit
 from pykernels.tools.audit import baseline, cuda, disassembly, measure
 
 pytest.importorskip("triton", reason="the audit uses Triton's disassembler and cache")
-if registry.INTERPRET:
+if backends.INTERPRET:
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 

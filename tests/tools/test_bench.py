@@ -7,10 +7,10 @@ import pytest
 import torch
 from toy import declared, softmax_scale
 
-from pykernels import OPS
 from pykernels.__main__ import main
 from pykernels.bench import measure
 from pykernels.bench.peers import faiss_flat, hf_rwkv, onnxrt, sdpa, torch_memory, torch_nn
+from pykernels.core.declaration import OPS
 from pykernels.tools.check import Expected
 
 

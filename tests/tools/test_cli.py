@@ -11,7 +11,7 @@ from toy import declared, softmax_scale
 from pykernels.__main__ import main
 from pykernels.core import native
 from pykernels.tools.check import Expected
-from pykernels.tools.doctor import machine
+from pykernels.tools.machine import machine
 
 
 class WrongGradient(torch.autograd.Function):

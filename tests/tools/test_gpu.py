@@ -16,12 +16,17 @@ from toy import declared, make, softmax_scale
 
 import pykernels as pk
 from pykernels.__main__ import main
-from pykernels.core import registry
-from pykernels.core.registry import CPU, CUDA, REFERENCE, TRITON, BackendDeclined, choose
+from pykernels.core import backends, declaration, torch_op
+from pykernels.core.backends import CPU, CUDA, REFERENCE, TRITON, BackendDeclined, choose
 from pykernels.tools import gpu
 from pykernels.tools import self_test as first_use
 
 GPU = torch.device("cuda")
+
+
+def chosen(arguments):
+    """The backend that toy's call with these arguments would get on a GPU."""
+    return choose(declaration.OPS["toy"], GPU, arguments)
 
 
 class Counted:
@@ -39,9 +44,9 @@ class Counted:
 @pytest.fixture
 def verifying(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(registry, "unavailable", lambda backend, device_type: None)
+    monkeypatch.setattr(backends, "unavailable", lambda backend, device_type: None)
     monkeypatch.setattr(first_use, "_verdicts", {})
-    monkeypatch.setattr(registry, "verify", None)
+    monkeypatch.setattr(backends, "verify", None)
     pk.verify_on_first_use()
 
 
@@ -53,7 +58,7 @@ def toy():
         entered = declared(kernel)
         op = entered.__enter__()
         undo.append(entered)
-        registry.OPS["toy"] = dataclasses.replace(op, supports={"triton": lambda *_: None})
+        declaration.OPS["toy"] = dataclasses.replace(op, supports={"triton": lambda *_: None})
         return tuple(make(torch.float32, "cpu").values())
 
     undo = []
@@ -68,7 +73,7 @@ def hurried(toy):
     kernel = Counted()
     arguments = toy(kernel)
     supports = {"triton": lambda *_: None, "cuda": lambda x, w: "it takes seven columns" if x.size(1) != 7 else None}
-    registry.OPS["toy"] = dataclasses.replace(registry.OPS["toy"], supports=supports, cuda_first=True)
+    declaration.OPS["toy"] = dataclasses.replace(declaration.OPS["toy"], supports=supports, cuda_first=True)
     return arguments, kernel
 
 
@@ -91,17 +96,17 @@ def test_a_wrong_kernel_is_not_used_and_that_is_said_once(verifying, toy, monkey
     kernel = Counted(1.01)
     arguments = toy(kernel)
     with pytest.warns(UserWarning, match=r"toy, triton, failed .* on cpu: sample 'small': out\[0\]: error"):
-        assert choose("toy", GPU, arguments) == REFERENCE
+        assert chosen(arguments) == REFERENCE
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose("toy", GPU, arguments) == REFERENCE
+        assert chosen(arguments) == REFERENCE
     tried = kernel.calls
     monkeypatch.setattr(first_use, "_verdicts", {})  # as in another process: it has the verdict from the file
     with pytest.warns(UserWarning, match="failed its first-use test"):
-        assert choose("toy", GPU, arguments) == REFERENCE
+        assert chosen(arguments) == REFERENCE
     assert kernel.calls == tried > 0
     with pk.use_backend("triton"), pytest.raises(BackendDeclined, match="failed its first-use test"):
-        pk.registry.OPS["toy"].function(*arguments)
+        declaration.OPS["toy"].function(*arguments)
 
 
 def test_a_right_kernel_is_tested_once_per_dtype_compiler_and_source(verifying, toy, monkeypatch):
@@ -109,13 +114,13 @@ def test_a_right_kernel_is_tested_once_per_dtype_compiler_and_source(verifying, 
     arguments = toy(kernel)
     counts = []
     for _ in range(2):
-        assert choose("toy", GPU, arguments) == TRITON
+        assert chosen(arguments) == TRITON
         counts.append(kernel.calls)
-    assert choose("toy", GPU, tuple(t.bfloat16() for t in arguments)) == TRITON
+    assert chosen(tuple(t.bfloat16() for t in arguments)) == TRITON
     counts.append(kernel.calls)
     monkeypatch.setattr(first_use, "_compiled", lambda backend: ("triton-9.9", "another"))
     monkeypatch.setattr(first_use, "_verdicts", {})
-    assert choose("toy", GPU, arguments) == TRITON
+    assert chosen(arguments) == TRITON
     counts.append(kernel.calls)
     assert 0 < counts[0] == counts[1] < counts[2] < counts[3]
     assert on_file() == [None] * 3
@@ -127,32 +132,32 @@ def test_cuda_comes_first_where_it_is_on_file_as_right(unasked, hurried, monkeyp
     reads = []
     read = first_use._read
     monkeypatch.setattr(first_use, "_read", lambda key: reads.append(key) or read(key))
-    assert [choose("toy", GPU, (x, w)) for _ in range(3)] == [CUDA] * 3
-    assert choose("toy", GPU, (x.half(), w.half())) == TRITON
-    assert choose("toy", GPU, (x[:, 1:], w[1:])) == TRITON
+    assert [chosen((x, w)) for _ in range(3)] == [CUDA] * 3
+    assert chosen((x.half(), w.half())) == TRITON
+    assert chosen((x[:, 1:], w[1:])) == TRITON
     assert (len(reads), kernel.calls) == (2, 0)  # one for each dtype, no test
-    registry.OPS["toy"] = dataclasses.replace(registry.OPS["toy"], cuda_first=False)
-    assert choose("toy", GPU, (x, w)) == TRITON
+    declaration.OPS["toy"] = dataclasses.replace(declaration.OPS["toy"], cuda_first=False)
+    assert chosen((x, w)) == TRITON
 
 
 def test_cuda_that_is_on_file_as_wrong_is_not_used(unasked, hurried):
     put_on_file("toy, cuda, failed")
     with pytest.warns(UserWarning, match="toy, cuda, failed"):
-        assert choose("toy", GPU, hurried[0]) == TRITON
-    assert choose("toy", GPU, hurried[0]) == TRITON
+        assert chosen(hurried[0]) == TRITON
+    assert chosen(hurried[0]) == TRITON
 
 
 def test_cuda_comes_first_once_it_was_tested(unasked, hurried, monkeypatch):
     """Which was not asked for at first, and then not possible."""
     arguments, kernel = hurried
-    assert choose("toy", GPU, arguments) == TRITON
+    assert chosen(arguments) == TRITON
     pk.verify_on_first_use()
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert choose("toy", GPU, arguments) == TRITON
+        assert chosen(arguments) == TRITON
     assert kernel.calls == 0
-    assert choose("toy", GPU, arguments) == CUDA
+    assert chosen(arguments) == CUDA
     assert kernel.calls > 0
 
 
@@ -162,22 +167,22 @@ def test_each_gpu_has_a_verdict_of_its_own(unasked, hurried, monkeypatch):
     with FakeTensorMode():
         for gpu, wanted in (("cuda:0", CUDA), ("cuda:1", TRITON), ("cuda:0", CUDA)):
             inputs = torch.empty(5, 7, device=gpu), torch.empty(7, device=gpu)
-            assert choose("toy", inputs[0].device, inputs) == wanted
+            assert choose(declaration.OPS["toy"], inputs[0].device, inputs) == wanted
 
 
 def test_the_choice_is_a_constant_to_torch_compile(unasked, hurried):
     put_on_file(None)
     (x, w), _ = hurried
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, w: x * choose("toy", GPU, (x, w)), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x, w: x * chosen((x, w)), fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, w), x * CUDA)
     assert torch.equal(compiled(x.half(), w.half()), x.half() * TRITON)
 
 
 def test_it_is_off_unless_asked_for(toy, monkeypatch):
-    monkeypatch.setattr(registry, "unavailable", lambda backend, device_type: None)
+    monkeypatch.setattr(backends, "unavailable", lambda backend, device_type: None)
     kernel = Counted(1.01)
-    assert choose("toy", GPU, toy(kernel)) == TRITON
+    assert chosen(toy(kernel)) == TRITON
     assert kernel.calls == 0
 
 
@@ -187,7 +192,7 @@ def test_what_may_not_happen_again_is_not_kept(verifying, toy):
 
     arguments = toy(crash)
     with pytest.warns(UserWarning, match="MemoryError: none left"):
-        assert choose("toy", GPU, arguments) == REFERENCE
+        assert chosen(arguments) == REFERENCE
     assert on_file() == []
 
 
@@ -196,13 +201,13 @@ def test_the_callers_modes_and_numbers_are_its_own(verifying, toy):
     arguments = toy(Counted())
     state = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu"):
-        assert choose("toy", GPU, arguments) == TRITON
+        assert chosen(arguments) == TRITON
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_it_runs_while_a_call_is_compiled(verifying, monkeypatch):
     monkeypatch.setattr(first_use, "TRITON", CPU)  # so that the CPU kernel is the one under test
-    op = registry.OPS["rnn_step"]
+    op = declaration.OPS["rnn_step"]
     inputs = op.samples[0].make(torch.float32, "cpu")
     torch._dynamo.reset()
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
@@ -234,7 +239,7 @@ def test_a_foreign_file_is_no_verdict(content, verifying, toy):
     file = first_use._file(key)
     file.parent.mkdir(parents=True)
     file.write_bytes(content if isinstance(content, bytes) else content.replace("KEY", key).encode())
-    assert choose("toy", GPU, arguments) == TRITON
+    assert chosen(arguments) == TRITON
     assert on_file() == [None]
 
 
@@ -244,7 +249,7 @@ def test_a_full_disk_is_no_failure(verifying, toy, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(json, "dump", dump)
-    assert choose("toy", GPU, toy(Counted())) == TRITON
+    assert chosen(toy(Counted())) == TRITON
     assert [*first_use.cache_folder().iterdir()] == []
 
 
@@ -254,13 +259,13 @@ def test_no_home_is_no_failure(verifying, toy, monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(pathlib.Path, "home", home)
-    assert choose("toy", GPU, toy(Counted())) == TRITON
+    assert chosen(toy(Counted())) == TRITON
 
 
 def test_a_folder_that_cannot_be_written_is_no_failure(verifying, toy, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert choose("toy", GPU, toy(Counted())) == TRITON
+    assert chosen(toy(Counted())) == TRITON
 
 
 def test_kernels_run_on_their_tensors_gpu(monkeypatch):
@@ -277,7 +282,7 @@ def test_kernels_run_on_their_tensors_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     with FakeTensorMode():
         for name in ("cuda:0", "cuda:1", "cpu"):
-            registry.on_own_device(lambda *_: seen.append(current[0]), (None, torch.empty(2, device=name)))
+            torch_op.on_own_device(lambda *_: seen.append(current[0]), (None, torch.empty(2, device=name)))
     assert seen == [0, 1, 0]
     assert current == [0]
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import pykernels as pk
-from pykernels.core import native, registry
-from pykernels.core.registry import CUDA, TRITON, constant, unavailable
-from pykernels.tools.doctor import machine
+from pykernels.core import backends, native
+from pykernels.core.backends import CUDA, TRITON, constant, unavailable
+from pykernels.tools.machine import machine
 
 ROOT = pathlib.Path(pk.__file__).parents[1]
 from_checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the package is not in its checkout")
@@ -219,18 +219,18 @@ def test_a_build_without_torch_says_to_install_it_first(monkeypatch, tmp_path):
 def test_an_old_triton_is_a_reason(version, old, monkeypatch):
     """And not a compiler's error at the first call."""
     monkeypatch.setattr(pytest.importorskip("triton", reason="its version is read"), "__version__", version)
-    registry._unavailable.cache_clear()
+    backends._unavailable.cache_clear()
     try:
         reason = unavailable(TRITON, "cpu") or ""
-        assert (reason == f"it needs Triton {registry.TRITON_NEEDED} or newer; this is {version}") == old
+        assert (reason == f"it needs Triton {backends.TRITON_NEEDED} or newer; this is {version}") == old
     finally:
-        registry._unavailable.cache_clear()
+        backends._unavailable.cache_clear()
 
 
 @from_checkout
 def test_the_promised_triton_is_the_oldest_that_runs():
     promised = re.findall(r"triton>=([\d.]+)", (ROOT / "pyproject.toml").read_text())
-    assert promised == [registry.TRITON_NEEDED] * 2
+    assert promised == [backends.TRITON_NEEDED] * 2
 
 
 def test_each_gpu_has_a_verdict_of_its_own(monkeypatch):
@@ -249,7 +249,7 @@ def test_each_gpu_has_a_verdict_of_its_own(monkeypatch):
     monkeypatch.setattr(native, "cuda_library", lambda: ROOT)
     monkeypatch.setattr(native, "_cuda_opened", lambda: (library, None))
     monkeypatch.setattr(native, "cuda_architectures", lambda: [900])
-    registry._unavailable.cache_clear()
+    backends._unavailable.cache_clear()
     try:
         for backend, wrong in ((TRITON, (1,)), (CUDA, (1, 2))):
             reasons = [unavailable(backend, torch.device("cuda", index)) for index in range(3)]
@@ -262,7 +262,7 @@ def test_each_gpu_has_a_verdict_of_its_own(monkeypatch):
             "built for compute capability 9.0; GPU 0 in use; GPU 1 not in use: "
         )
     finally:
-        registry._unavailable.cache_clear()
+        backends._unavailable.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------ the example

@@ -4,7 +4,7 @@ import pathlib
 import re
 
 import pykernels as pk
-from pykernels.core.registry import OPS
+from pykernels.core.declaration import OPS
 
 README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
 

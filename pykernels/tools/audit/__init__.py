@@ -23,7 +23,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ...core.registry import INTERPRET, OPS, BackendDeclined, list_ops
+from ...core.backends import INTERPRET, BackendDeclined
+from ...core.declaration import OPS, list_ops
 from . import baseline, cuda, environment, report
 from .measure import Row, blank, inspect
 from .model import GPUS

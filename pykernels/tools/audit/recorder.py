@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ...core import registry
+from ...core import backends, declaration, torch_op
 from .model import GPUS
 
 
@@ -125,7 +125,7 @@ class _TritonOnAnyDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "pykernels":
-            return registry.IMPLEMENTATIONS[function._opname]["triton"](*args)
+            return torch_op.IMPLEMENTATIONS[function._opname]["triton"](*args)
         return function(*args, **(kwargs or {}))
 
 
@@ -133,21 +133,21 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
 
 
-def record(op: registry.Op, sample: registry.Sample, dtype: torch.dtype, targets: Iterable[str]) -> list[Launch]:
+def record(op: declaration.Op, sample: declaration.Sample, dtype: torch.dtype, targets: Iterable[str]) -> list[Launch]:
     """The launches of one op on one sample, forward and backward, for each target.
 
-    Raises registry.BackendDeclined where the Triton backend would.
+    Raises backends.BackendDeclined where the Triton backend would.
     """
     inputs = sample.make(dtype, "cpu")
-    intensity = sample.flops(inputs) / (sample.bytes(inputs) or 1) if isinstance(sample, registry.Workload) else None
+    intensity = sample.flops(inputs) / (sample.bytes(inputs) or 1) if isinstance(sample, declaration.Workload) else None
     for name in op.differentiable:
         inputs[name] = tree_map_only(torch.Tensor, _leaf, inputs.get(name))
     leaves = [t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.requires_grad]
     noted = []
     for target in targets:
         with recording(target) as launches, contextlib.ExitStack() as stack:
-            stack.enter_context(_replaced(registry, "unavailable", lambda backend, device_type: None))
-            stack.enter_context(registry.use_backend("triton"))
+            stack.enter_context(_replaced(backends, "unavailable", lambda backend, device_type: None))
+            stack.enter_context(backends.use_backend("triton"))
             stack.enter_context(_TritonOnAnyDevice())
             results = [t for t in tree_leaves(op.function(**inputs)) if t.requires_grad]
             forward = len(launches)

@@ -1,0 +1,1 @@
+"""What all ops stand on; it knows none of them."""

@@ -1,0 +1,1 @@
+"""What the ops are tried and timed on, a module for each of pykernels.ops; read when an op's samples are asked for."""
