@@ -21,7 +21,6 @@ def test_op_table_follows_from_the_declarations():
         for op in OPS.values()
     }
     assert set(rows) == expected, "README.md should hold these rows:\n" + "\n".join(sorted(expected))
-    assert rows == sorted(rows)
 
 
 def test_readme_is_short():
@@ -30,7 +29,8 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_to_files(document):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", document.read_text())
+    prose = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", prose)
     assert not [link for link in links if not (document.parent / link).exists()]
 
 
