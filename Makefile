@@ -12,7 +12,7 @@ endif
 # That pyproject.toml promises.
 OLDEST_TRITON := 3.6.0
 
-.PHONY: bench test test-all audit check gpu lint typecheck format clean
+.PHONY: bench test test-all audit check gpu lint typecheck format format-csrc clean
 
 bench: $(INSTALLED)  ## our ops against their peers on this machine: tables, JSON and plots in bench-results/
 	$(BIN)/python -m pykernels bench $(if $(FULL),,--quick) --json bench-results/bench.json --plot bench-results
@@ -47,6 +47,9 @@ typecheck: $(INSTALLED)  ## the public surface, and code that uses it
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+format-csrc: $(INSTALLED)  ## all of csrc; `make format` leaves it, since only changed lines are held to it
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*/*)
 
 $(INSTALLED): requirements.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -43,8 +43,8 @@ CUDA = "pykernels._cuda"
 # A level that adds only the bf16 dot product takes the lower level's object of every source without that instruction.
 DOT_PRODUCT_LEVEL, WITHOUT_DOT_PRODUCT, DOT_PRODUCT_MACRO = "avx512bf16", "avx512", "__AVX512BF16__"
 VOCABULARY = CSRC / "cpu/vec.h"  # defines the dot product, so its mention of the macro is not a use
-CPU_TIME = "90 s where last measured, for four levels, on two Zen 5 cores with g++ 12"
-CUDA_TIME = "50 s where last measured, for sm_90a alone, on two Zen 5 cores with nvcc 13"
+CPU_TIME = "200 CPU seconds where last measured, for four levels, on Zen 5 cores with g++ 12"
+CUDA_TIME = "100 CPU seconds where last measured, for sm_90a alone, on Zen 5 cores with nvcc 13"
 OBJECTS = pathlib.Path("build/objects")  # not build_temp, which editable installs throw away
 
 WITHOUT_KERNELS = "To install the PyTorch references alone, without kernels, set PYKERNELS_NO_KERNELS=1."
