@@ -199,11 +199,11 @@ void linear_recurrence(Tensor r, Tensor w, Tensor k, Tensor v, std::optional<Ten
          bool wide, int64_t stream) {
   const Arguments given(r, w, k, v, u, a, b, std::nullopt);
   const auto [B, T, H, K, V] = std::tuple(given.B, given.T, given.H, given.K, given.V);
-  if (state) check_shape(*state, {B, H, K, V}, ScalarType::Float, "state");
-  check_shape(y, {B, T, H, V}, given.dtype, "y");
-  check_shape(final, {B, H, K, V}, ScalarType::Float, "final");
+  check(state, {B, H, K, V}, ScalarType::Float, "state");
+  check(y, {B, T, H, V}, given.dtype, "y");
+  check(final, {B, H, K, V}, ScalarType::Float, "final");
   const bool training = checkpoints.size(0) > 0;
-  check_shape(checkpoints, {training ? given.chunks() : 0, B, H, K, V}, ScalarType::Float, "checkpoints");
+  check(checkpoints, {training ? given.chunks() : 0, B, H, K, V}, ScalarType::Float, "checkpoints");
   const DeviceGuard guard(r);
   const bool even = given.even(4, {pointer(state), &final, &checkpoints});
   given.dispatch([&]<class Storage, class Width, class Seven>(Storage, Width, Seven) {
@@ -225,7 +225,7 @@ void linear_recurrence(Tensor r, Tensor w, Tensor k, Tensor v, std::optional<Ten
                                  int(K),
                                  int(V),
                                  0,
-                                 given.aligned && is_aligned(y, 0),
+                                 given.aligned && is_aligned(y, false),
                                  even};
     if (wide) run_sequence<Width::value, 4, Seven::value, false>(call, stream);
     else run_sequence<Width::value, 1, Seven::value, false>(call, stream);
@@ -238,9 +238,9 @@ void linear_recurrence_ends(std::optional<Tensor> grad_y, std::optional<Tensor> 
               std::optional<Tensor> grad_initial, double scale, int64_t stream) {
   const Arguments given(r, w, k, v, u, a, b, grad_y);
   const auto [B, T, H, K, V] = std::tuple(given.B, given.T, given.H, given.K, given.V);
-  if (grad_state) check_shape(*grad_state, {B, H, K, V}, ScalarType::Float, "grad_state");
-  if (grad_initial) check_shape(*grad_initial, {B, H, K, V}, ScalarType::Float, "grad_initial");
-  check_shape(ends, {given.chunks(), B, H, K, V}, ScalarType::Float, "ends");
+  check(grad_state, {B, H, K, V}, ScalarType::Float, "grad_state");
+  check(grad_initial, {B, H, K, V}, ScalarType::Float, "grad_initial");
+  check(ends, {given.chunks(), B, H, K, V}, ScalarType::Float, "ends");
   const DeviceGuard guard(r);
   const bool even = given.even(4, {pointer(grad_state), pointer(grad_initial), &ends});
   given.dispatch([&]<class Storage, class Width, class Seven>(Storage, Width, Seven) {

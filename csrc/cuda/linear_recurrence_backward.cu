@@ -317,17 +317,17 @@ void linear_recurrence_gradients(std::optional<Tensor> grad_y, Tensor r, Tensor 
   const auto [B, T, H, K, V] = std::tuple(given.B, given.T, given.H, given.K, given.V);
   const int64_t chunks = given.chunks();
   for (const Tensor* t : {&checkpoints, &ends})
-    check_shape(*t, {chunks, B, H, K, V}, ScalarType::Float, t == &ends ? "ends" : "checkpoints");
-  check_shape(grad_r, {B, T, H, K}, given.dtype, "grad_r");
-  check_shape(grad_w, {B, T, H, K}, ScalarType::Float, "grad_w");
-  check_shape(grad_k, {B, T, H, K}, given.dtype, "grad_k");
-  check_shape(grad_v, {B, T, H, V}, given.dtype, "grad_v");
+    check(*t, {chunks, B, H, K, V}, ScalarType::Float, t == &ends ? "ends" : "checkpoints");
+  check(grad_r, {B, T, H, K}, given.dtype, "grad_r");
+  check(grad_w, {B, T, H, K}, ScalarType::Float, "grad_w");
+  check(grad_k, {B, T, H, K}, given.dtype, "grad_k");
+  check(grad_v, {B, T, H, V}, given.dtype, "grad_v");
   STD_TORCH_CHECK(grad_a.has_value() == a.has_value() && grad_b.has_value() == a.has_value() &&
                       sums.has_value() == u.has_value(),
                   "expected a gradient of all that is given");
-  if (grad_a) check_shape(*grad_a, {B, T, H, K}, given.dtype, "grad_a");
-  if (grad_b) check_shape(*grad_b, {B, T, H, K}, given.dtype, "grad_b");
-  if (sums) check_shape(*sums, {chunks, B, H, K}, ScalarType::Float, "sums");
+  check(grad_a, {B, T, H, K}, given.dtype, "grad_a");
+  check(grad_b, {B, T, H, K}, given.dtype, "grad_b");
+  check(sums, {chunks, B, H, K}, ScalarType::Float, "sums");
   const DeviceGuard guard(r);
   given.dispatch([&]<class Storage, class Width, class Seven>(Storage, Width, Seven) {
     constexpr int KB = Width::value;
@@ -335,7 +335,7 @@ void linear_recurrence_gradients(std::optional<Tensor> grad_y, Tensor r, Tensor 
     using Slot = Slots<KB, SEVEN>;
     const int64_t passes = (V + Tile<KB, PAIR>::BLOCK - 1) / Tile<KB, PAIR>::BLOCK, items = chunks * B * H;
     const int64_t blocks = scratch.size(0);
-    check_shape(scratch, {blocks, SAVED / GROUP - 1, passes, ROWS * PAIR, THREADS}, ScalarType::Float, "scratch");
+    check(scratch, {blocks, SAVED / GROUP - 1, passes, ROWS * PAIR, THREADS}, ScalarType::Float, "scratch");
     STD_TORCH_CHECK(blocks <= INT32_MAX && (items == 0 || blocks > 0), "scratch: expected room for a block");
     const Gradients<Storage> call{rows_of<Storage>(r),
                                   rows_of<Storage>(k),

@@ -28,7 +28,6 @@
 
 namespace {
 
-constexpr int LARGEST_LIST = 256;  // k, for which lists are kept
 
 // ---- entries --------------------------------------------------------------------------------------------------------
 
@@ -485,8 +484,8 @@ merge_lists(const Entry* lists, float* scores, int64_t* indices, int64_t splits,
 
 // ---- large k: the k-th score by its digits --------------------------------------------------------------------------
 
-constexpr int DIGITS = 3, BINS = 2048, DIGIT_THREADS = 256;  // bits 31 .. 21, 20 .. 10 and 9 .. 0 of a score's order
-constexpr int64_t PART = 16384, SECTION = 2048;
+constexpr int DIGIT_THREADS = 256;
+constexpr int64_t PART = 16384;  // scores that a block counts
 
 __device__ inline int shift_of(int digit) { return digit == 0 ? 21 : digit == 1 ? 10 : 0; }
 
@@ -653,22 +652,11 @@ void run_few(const Problem<T>& p, int64_t stream) {
 }
 
 void check_search(const Tensor& query, const Tensor& keys) {
-  check_device_tensor(query, 3, query.scalar_type(), "query");
-  check_device_tensor(keys, 3, query.scalar_type(), "keys");
-  check_size(keys, 0, query.size(1), "keys");
-  check_size(keys, 2, query.size(2), "keys");
+  check(query, {ANY_SIZE, ANY_SIZE, ANY_SIZE}, query.scalar_type(), "query", Layout::ROWS);
+  check(keys, {query.size(1), ANY_SIZE, query.size(2)}, query.scalar_type(), "keys", Layout::ROWS);
   STD_TORCH_CHECK(query.size(2) >= 1 && query.size(2) < int64_t(1) << 24,
                   "query: expected 1 to 2^24 - 1 numbers a row");
-  STD_TORCH_CHECK(query.size(2) == 1 || (query.stride(2) == 1 && keys.stride(2) == 1),
-                  "query, keys: expected rows of neighbouring numbers");
   STD_TORCH_CHECK(keys.size(1) < int64_t(1) << 32, "keys: expected fewer than 2^32 rows, got ", keys.size(1));
-}
-
-void check_output(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype, const char* name) {
-  check_device_tensor(t, sizes.size(), dtype, name);
-  int64_t dim = 0;
-  for (const int64_t size : sizes) check_size(t, dim++, size, name);
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
 void check_aligned(const Tensor& t, uintptr_t bytes, const char* name) {
@@ -681,9 +669,9 @@ void topk_search(Tensor query, Tensor keys, Tensor lists, Tensor scores, Tensor 
   check_search(query, keys);
   const int64_t N = query.size(0), H = query.size(1), M = keys.size(1), k = scores.size(2), splits = lists.size(0);
   STD_TORCH_CHECK(k >= 1 && k <= std::min<int64_t>(M, LARGEST_LIST), "k: expected 1 to ", LARGEST_LIST, ", got ", k);
-  check_output(lists, {splits, N, H, k}, ScalarType::Long, "lists");
-  check_output(scores, {N, H, k}, ScalarType::Float, "scores");
-  check_output(indices, {N, H, k}, ScalarType::Long, "indices");
+  check(lists, {splits, N, H, k}, ScalarType::Long, "lists");
+  check(scores, {N, H, k}, ScalarType::Float, "scores");
+  check(indices, {N, H, k}, ScalarType::Long, "indices");
   STD_TORCH_CHECK(splits >= 1 && splits * N * H < int64_t(1) << 31, "query: expected fewer rows");
   DeviceGuard guard(query);
   Entry* entries = data<Entry>(lists);
@@ -710,9 +698,9 @@ void topk_count(Tensor query, Tensor keys, Tensor scores, Tensor histograms, Ten
   const int64_t N = query.size(0), H = query.size(1), M = keys.size(1), ld = scores.size(2), rows = N * H;
   STD_TORCH_CHECK(k >= 1 && k <= M, "k: expected 1 to ", M, ", got ", k);
   STD_TORCH_CHECK(ld >= M && ld % 2 == 0, "scores: expected an even size of ", M, " or more in dimension 2, got ", ld);
-  check_output(scores, {N, H, ld}, ScalarType::Float, "scores");
-  check_output(histograms, {N, H, DIGITS, BINS}, ScalarType::Int, "histograms");
-  check_output(counts, {N, H, ceil_div(M, SECTION), 2}, ScalarType::Long, "counts");
+  check(scores, {N, H, ld}, ScalarType::Float, "scores");
+  check(histograms, {N, H, DIGITS, BINS}, ScalarType::Int, "histograms");
+  check(counts, {N, H, ceil_div(M, SECTION), 2}, ScalarType::Long, "counts");
   check_aligned(scores, 8, "scores");
   check_aligned(histograms, 16, "histograms");
   const int64_t parts = ceil_div(M, PART), blocks = ceil_div(ceil_div(M, SECTION), DIGIT_THREADS / 32);
@@ -736,15 +724,13 @@ void topk_count(Tensor query, Tensor keys, Tensor scores, Tensor histograms, Ten
 // After topk_count; before: what sections before have of its counts. best, indices: [N, H, k], in the keys' order.
 void topk_collect(Tensor scores, Tensor histograms, Tensor before, Tensor best, Tensor indices, int64_t M,
                   int64_t stream) {
-  check_device_tensor(scores, 3, ScalarType::Float, "scores");
-  check_device_tensor(best, 3, ScalarType::Float, "best");
+  check(scores, {ANY_SIZE, ANY_SIZE, ANY_SIZE}, ScalarType::Float, "scores");
+  check(best, {scores.size(0), scores.size(1), ANY_SIZE}, ScalarType::Float, "best");
   const int64_t N = scores.size(0), H = scores.size(1), ld = scores.size(2), k = best.size(2);
   STD_TORCH_CHECK(k >= 1 && k <= M && M <= ld && ld % 2 == 0, "M: expected ", k, " to ", ld, ", even, got ", M);
-  check_output(scores, {N, H, ld}, ScalarType::Float, "scores");
-  check_output(histograms, {N, H, DIGITS, BINS}, ScalarType::Int, "histograms");
-  check_output(before, {N, H, ceil_div(M, SECTION), 2}, ScalarType::Long, "before");
-  check_output(best, {N, H, k}, ScalarType::Float, "best");
-  check_output(indices, {N, H, k}, ScalarType::Long, "indices");
+  check(histograms, {N, H, DIGITS, BINS}, ScalarType::Int, "histograms");
+  check(before, {N, H, ceil_div(M, SECTION), 2}, ScalarType::Long, "before");
+  check(indices, {N, H, k}, ScalarType::Long, "indices");
   check_aligned(scores, 8, "scores");
   check_aligned(histograms, 16, "histograms");
   const int64_t blocks = ceil_div(ceil_div(M, SECTION), DIGIT_THREADS / 32);
