@@ -1,5 +1,5 @@
 // The gradients of RWKV-6's and RWKV-7's WKV (equations: pykernels/ops/linear_recurrence.py), given the states S before every 32
-// steps and their gradients G after these, which csrc/linear_recurrence.cu has left.
+// steps and their gradients G after these, which csrc/cuda/linear_recurrence.cu has left.
 //
 //   a block owns   32 steps of a head, all columns; then others
 //   reads          r, w, k, v, gy, a, b, S before the steps, G after them
@@ -34,21 +34,21 @@ struct Gradients {
 
 constexpr int PAIR = 2;  // columns a lane
 
-template <int KB, bool SEVEN>
+template <int KB, bool CORRECTED>
 struct Slots {
-  static constexpr int KINDS = COUNT<SEVEN>;
+  static constexpr int KINDS = COUNT<CORRECTED>;
   static constexpr int SIZE = std::max(LANES * ROWS * PAIR, KINDS * KB);  // S before a step, or a step's sums
-  static constexpr int VALUES = SEVEN ? 3 : 2;                            // v, g and (RWKV-7) s of a step
+  static constexpr int VALUES = CORRECTED ? 3 : 2;                            // v, g and (RWKV-7) s of a step
   static constexpr int NUMBERS = GROUP * (KINDS * KB + 1 + WARPS + VALUES * Tile<KB, PAIR>::BLOCK + WARPS * SIZE) + KB;
 };
 
 // What a block has in shared memory, and its work on one group of steps, in the order in which it does it.
-template <class Storage, int KB, bool SEVEN>
+template <class Storage, int KB, bool CORRECTED>
 struct GroupWork {
   using Columns = Tile<KB, PAIR>;
-  using Slot = Slots<KB, SEVEN>;
+  using Slot = Slots<KB, CORRECTED>;
   using Pair = Pack<float, PAIR>;
-  static constexpr int KINDS = COUNT<SEVEN>, LAST = READER<SEVEN>, QUADS = KB / 4, WIDTH = Columns::WIDTH;
+  static constexpr int KINDS = COUNT<CORRECTED>, LAST = READER<CORRECTED>, QUADS = KB / 4, WIDTH = Columns::WIDTH;
   static constexpr int TOTALS = (GROUP * KINDS * QUADS + THREADS - 1) / THREADS;  // quads of a group's sums a thread
   static constexpr int HELD = ROWS * PAIR / 4;                                    // quads of a lane's part of S
   static_assert(Columns::BLOCK == TILE_NUMBERS / KB && ROWS * PAIR == SCRATCH_ROWS && THREADS == SCRATCH_COLUMNS);
@@ -100,7 +100,7 @@ struct GroupWork {
       Quad* const to = reinterpret_cast<Quad*>(rows + row * KINDS * KB + x);
       auto quad = [&](const auto& from) { return load_quad(from.at(head.b, head.h, t), x, width, a.aligned); };
       const Quad k = quad(a.k), r = quad(a.r), w = quad(a.w);
-      if constexpr (SEVEN) {
+      if constexpr (CORRECTED) {
         const Quad first_row = quad(a.a), second = quad(a.b);
         to[FIRST * QUADS] = first_row;
         to[SECOND * QUADS] = second;
@@ -129,7 +129,7 @@ struct GroupWork {
       *to = scaled(quad, kind ? a.scale : 1);
     }
     __syncwarp();
-    if (!SEVEN && own.lane < GROUP) {
+    if (!CORRECTED && own.lane < GROUP) {
       const float* const pair = values + own.lane * Slot::VALUES * WIDTH;
       float sum = 0;
 #pragma unroll
@@ -146,7 +146,7 @@ struct GroupWork {
       if (back) hold(S, reinterpret_cast<Quad*>(slot(i, own.warp)) + own.lane, LANES);
       float d[ROWS], x[ROWS], v[PAIR], s[PAIR];
       value(v, i, 0);
-      if constexpr (SEVEN) {
+      if constexpr (CORRECTED) {
         own.read(x, row + FIRST * KB);
         own.products(s, x, S);
         if (back && own.share == 0) *pair_of(i, 2) = {s[0], s[1]};
@@ -154,7 +154,7 @@ struct GroupWork {
       own.read(d, row + DECAY * KB);
       own.read(x, row + KEY * KB);
       advance(S, d, x, v);
-      if constexpr (SEVEN) {
+      if constexpr (CORRECTED) {
         own.read(x, row + SECOND * KB);
         add(S, x, s);
       }
@@ -188,7 +188,7 @@ struct GroupWork {
     float d[ROWS], x[ROWS], v[PAIR], g[PAIR], s[PAIR], grad_v[PAIR], sums[ROWS];
     value(v, i, 0);
     value(g, i, 1);
-    if constexpr (SEVEN) {
+    if constexpr (CORRECTED) {
       own.read(x, row + LAST * KB);
       add(G, x, g);
       put_products(place, LAST, S, g);
@@ -203,13 +203,13 @@ struct GroupWork {
     put(place, DECAY, sums);
     own.read(x, row + KEY * KB);
 #pragma unroll
-    for (int c = 0; c < PAIR; ++c) grad_v[c] = !SEVEN && own.share == 0 ? present[i] * g[c] : 0;
+    for (int c = 0; c < PAIR; ++c) grad_v[c] = !CORRECTED && own.share == 0 ? present[i] * g[c] : 0;
     own.add_products(grad_v, x, G);
     const float shared = own.share_columns(grad_v);
     const int to = begin + own.shared_column();
     if (own.tells() && to < a.V) a.grad_v[row_of(head, first + i) * a.V + to] = static_cast<Storage>(shared);
     own.read(d, row + DECAY * KB);
-    if constexpr (SEVEN) {
+    if constexpr (CORRECTED) {
       own.read(x, row + SECOND * KB);
       own.products(s, x, G);
       put_products(place, FIRST, before, s);
@@ -265,7 +265,7 @@ struct GroupWork {
 #pragma unroll
         for (int c = 0; c < 4; ++c) total.of[c] *= row[DECAY * KB + c];
       }
-      if (!SEVEN && kind != DECAY) {
+      if (!CORRECTED && kind != DECAY) {
         const float sum = bonus_of(step);
         const float* const other = row + (kind == KEY ? LAST : KEY) * KB;
 #pragma unroll
@@ -287,12 +287,12 @@ struct GroupWork {
   }
 };
 
-// audit: gradients: dynamic shared 32 * ((3 + 2 * SEVEN) * KB + 5 + (2 + SEVEN) * 2048 // KB +
-//   4 * (512 + 128 * SEVEN * (KB // 128))) + 4 * KB: rows of a group, its v, g and s, u, S before each step
+// audit: gradients: dynamic shared 32 * ((3 + 2 * CORRECTED) * KB + 5 + (2 + CORRECTED) * 2048 // KB +
+//   4 * (512 + 128 * CORRECTED * (KB // 128))) + 4 * KB: rows of a group, its v, g and s, u, S before each step
 // audit: gradients: allow narrow load: where V is odd, states come one number at a time; u does, once in 32 steps
-template <class Storage, int KB, bool SEVEN>
+template <class Storage, int KB, bool CORRECTED>
 __global__ void __launch_bounds__(THREADS, 2) gradients(const Gradients<Storage> a) {
-  using Work = GroupWork<Storage, KB, SEVEN>;
+  using Work = GroupWork<Storage, KB, CORRECTED>;
   const Work work(a);
   const auto& own = work.own;
   const int64_t area = int64_t(a.K) * a.V;
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(THREADS, 2) gradients(const Gradients<Storage>
     float grad_u = 0;
     __syncthreads();
     const int mine = threadIdx.x;  // of K
-    if (!SEVEN && mine < KB) work.u[mine] = mine < a.K ? a.u[int64_t(head.h) * a.K + mine] : 0;
+    if (!CORRECTED && mine < KB) work.u[mine] = mine < a.K ? a.u[int64_t(head.h) * a.K + mine] : 0;
 
     for (int n = 0; n < 2 * groups - 1; ++n) {
       const bool back = n >= groups - 1;
@@ -344,9 +344,9 @@ __global__ void __launch_bounds__(THREADS, 2) gradients(const Gradients<Storage>
       }
       if (!back) continue;
       work.store(totals, head, first, count);
-      if constexpr (!SEVEN) work.add_bonus(grad_u, count);
+      if constexpr (!CORRECTED) work.add_bonus(grad_u, count);
     }
-    if (!SEVEN && mine < a.K) a.sums[(chunk * a.heads + head.index) * a.K + mine] = grad_u;
+    if (!CORRECTED && mine < a.K) a.sums[(chunk * a.heads + head.index) * a.K + mine] = grad_u;
   }
 }
 
@@ -374,12 +374,12 @@ void linear_recurrence_gradients(std::optional<Tensor> grad_y, Tensor r, Tensor 
   check(grad_b, {B, T, H, K}, given.dtype, "grad_b");
   check(sums, {chunks, B, H, K}, ScalarType::Float, "sums");
   const DeviceGuard guard(r);
-  given.dispatch([&]<class Storage, class Width, class Seven>(Storage, Width, Seven) {
+  given.dispatch([&]<class Storage, class Width, class Corrected>(Storage, Width, Corrected) {
     constexpr int KB = Width::value;
-    constexpr bool SEVEN = Seven::value;
-    using Slot = Slots<KB, SEVEN>;
+    constexpr bool CORRECTED = Corrected::value;
+    using Slot = Slots<KB, CORRECTED>;
     const int64_t passes = ceil_div(V, Tile<KB, PAIR>::BLOCK), items = chunks * B * H;
-    static_assert(!(SEVEN && KB == 128) || sizeof(float) * Slot::NUMBERS == CORRECTED_SHARED);
+    static_assert(!(CORRECTED && KB == 128) || sizeof(float) * Slot::NUMBERS == CORRECTED_SHARED);
     const int64_t blocks = scratch.size(0);
     check(scratch, {blocks, SAVED / GROUP - 1, passes, ROWS * PAIR, THREADS}, ScalarType::Float, "scratch");
     STD_TORCH_CHECK(blocks <= INT32_MAX && (items == 0 || blocks > 0), "scratch: expected room for a block");
@@ -416,7 +416,7 @@ void linear_recurrence_gradients(std::optional<Tensor> grad_y, Tensor r, Tensor 
             .block = THREADS,
             .stream = stream,
             .shared = sizeof(float) * Slot::NUMBERS},
-           gradients<Storage, KB, SEVEN>, call);
+           gradients<Storage, KB, CORRECTED>, call);
   });
 }
 

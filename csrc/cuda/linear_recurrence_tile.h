@@ -221,10 +221,10 @@ __device__ inline void add(float (&S)[ROWS][COLUMNS], const float (&x)[ROWS], co
 
 // Rows of a step in shared memory, and the gradients of rows; RWKV-6 has neither a nor b.
 enum Row { KEY, DECAY, FIRST, SECOND };
-template <bool SEVEN>
-constexpr int READER = SEVEN ? 4 : 2;
-template <bool SEVEN>
-constexpr int COUNT = READER<SEVEN> + 1;
+template <bool CORRECTED>
+constexpr int READER = CORRECTED ? 4 : 2;
+template <bool CORRECTED>
+constexpr int COUNT = READER<CORRECTED> + 1;
 
 // ---- entries -------------------------------------------------------------------------------------------------------
 
@@ -278,7 +278,7 @@ struct Arguments {
     return even;
   }
 
-  // f(value of Storage, constants KB, SEVEN)
+  // f(value of Storage, constants KB, CORRECTED)
   template <class F>
   void dispatch(const F& f) const {
     for_device_dtype(dtype, [&]<class Storage>(Storage value) {
