@@ -26,10 +26,11 @@ S is held as Sᵀ, the left operand of every product, so that a tile of it is at
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from .target import INTERPRETED, padded
+from .tiles import LOG2E, split_bf16
+
 CHUNK = tl.constexpr(16)  # L, the steps of a chunk
 SAVED = tl.constexpr(32)  # steps from one checkpoint to the next
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -63,33 +64,8 @@ def _put(tile, column, valid, j):
 # operands come split from _scores and what a product gives need not be rearranged to enter the next one.
 
 @triton.jit
-def _to_bf16(x):
-    """x rounded to bf16; in the interpreter, which has none, to such a number in fp32"""
-    if INTERPRETED:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        return (bits + 0x7FFF + (bits >> 16 & 1) & -65536).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.bfloat16)
-
-
-@triton.jit
-def _split(x, DTYPE: tl.constexpr, COUNT: tl.constexpr):
-    """x as a sum of two or three bf16 numbers, largest first; just x in DTYPE if COUNT is 1"""
-    if COUNT == 1:
-        return (x.to(DTYPE),)
-    else:
-        first = _to_bf16(x)
-        x -= first.to(x.dtype)
-        second = _to_bf16(x)
-        if COUNT == 2:
-            return first, second
-        else:
-            return first, second, _to_bf16(x - second.to(x.dtype))
-
-
-@triton.jit
 def _store_pieces(ptrs, x, LENGTH: tl.constexpr, COUNT: tl.constexpr):
-    pieces = _split(x, ptrs.dtype.element_ty, COUNT)
+    pieces = split_bf16(x, ptrs.dtype.element_ty, COUNT)
     for n in tl.static_range(COUNT):
         tl.store(ptrs + n * LENGTH, pieces[n])
 
@@ -230,8 +206,8 @@ def _chunks(
         pairs = pairs_ptr + place * ((READ + (FEED if SEVEN else 0)) * AREA) + pair_t
         t = (i + chunk * CHUNK)[None, :]
         v = _load(v_ptr + start, t, T, H * V, n[:, None], V, EVEN)  # [BLOCK_V, L]
-        v = _split(v if VALUE == 1 else v.to(ACC), DTYPE, VALUE)
-        before = _split(S, DTYPE, FEED)
+        v = split_bf16(v if VALUE == 1 else v.to(ACC), DTYPE, VALUE)
+        before = split_bf16(S, DTYPE, FEED)
         y = tl.zeros((BLOCK_V, CHUNK), ACC)
         y = _product(v, _load_pieces(pairs, AREA, READ), y, READ)  # [BLOCK_V, L]
         y = _product(before, _load_pieces(rows + tile_t, LENGTH, READ), y, READ)  # [BLOCK_V, L]
@@ -247,7 +223,7 @@ def _chunks(
             low = _product(before, a, low, FEED, FEED - 1)  # [BLOCK_V, L]
             x = _product(before, a, x, FEED - 1)  # [BLOCK_V, L], beside it: all else waits for them
             rows += FEED * LENGTH
-            x = _split(x + low, DTYPE, FEED)
+            x = split_bf16(x + low, DTYPE, FEED)
             S = _product(x, _load_pieces(rows + tile, LENGTH, FEED), S, FEED)  # [BLOCK_V, BLOCK_K]
         mask = t < T if EVEN else (t < T) & (n < V)[:, None]
         ptrs = y_ptr + start + tl.cast(t, tl.int64) * (H * V) + n[:, None]
@@ -309,7 +285,7 @@ CONFIGS = {
 
 def _config(kernel, K):
     """-> BLOCK_K, launch options"""
-    block_k = max(16, triton.next_power_of_2(K))
+    block_k = padded(K)
     if INTERPRETED:
         return block_k, {}
     if kernel == "recurrent":
@@ -324,7 +300,7 @@ def _pieces(like, exact):
     """-> an empty tensor in the pieces' dtype, their number in what y is read through, in what S depends on, in v"""
     if exact.dtype.itemsize == 8:
         return exact.new_empty(0), 1, 1, 1
-    piece = exact.new_empty(0) if INTERPRETED else exact.new_empty(0).bfloat16()  # see _to_bf16
+    piece = exact.new_empty(0) if INTERPRETED else exact.new_empty(0).bfloat16()  # see to_bf16
     if like.dtype.itemsize == 4:
         return piece, 3, 3, 3
     return piece, 2, 3, 1 if like.dtype == piece.dtype else 2

@@ -34,11 +34,11 @@ M = (1 − A_ab)⁻¹, with A_xz[i,j] = x_i·(W_ij∘z_j), grows from block to b
 import triton
 import triton.language as tl
 
-from .linear_recurrence import INTERPRETED, _split, _to_bf16
+from .target import INTERPRETED, is_amd, padded
+from .tiles import LOG2E, dot_at
 
 L = tl.constexpr(32)  # the distance of the checkpoints
 LEVELS = tl.constexpr(5)
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # ---- levels: [L, BLOCK_K] and [L, L] ---------------------------------------------------------------------------------
@@ -83,28 +83,8 @@ def _diagonal(values):
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    """PRECISION: "bf16", to which both are rounded; or how exact fp32 (fp64) is multiplied: "bf16x6" in as many
-    products of three bf16 pieces of each, of which an operand that is bf16 needs three."""
-    if PRECISION == "bf16":
-        return tl.dot(_to_bf16(a), _to_bf16(b), acc, out_dtype=acc.dtype)
-    elif PRECISION == "bf16x6" and a.dtype == tl.bfloat16:
-        high, middle, low = _split(b.to(acc.dtype), tl.bfloat16, 3)
-        acc = tl.dot(a, low, acc, out_dtype=acc.dtype)
-        acc = tl.dot(a, middle, acc, out_dtype=acc.dtype)
-        return tl.dot(a, high, acc, out_dtype=acc.dtype)
-    elif PRECISION == "bf16x6" and b.dtype == tl.bfloat16:
-        high, middle, low = _split(a.to(acc.dtype), tl.bfloat16, 3)
-        acc = tl.dot(low, b, acc, out_dtype=acc.dtype)
-        acc = tl.dot(middle, b, acc, out_dtype=acc.dtype)
-        return tl.dot(high, b, acc, out_dtype=acc.dtype)
-    else:
-        return tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
 def _product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    return _dot(a, b, tl.zeros((a.shape[0], b.shape[1]), ACC), PRECISION)
+    return dot_at(a, b, tl.zeros((a.shape[0], b.shape[1]), ACC), PRECISION)
 
 
 @triton.jit
@@ -215,11 +195,11 @@ def _prepare(
     if a_ptr is not None:
         m = _diagonal(tl.full((L,), 1, ACC)) + _level(a_ab, 0)
         for level in range(1, LEVELS):
-            m = _dot(m, _product(_level(a_ab, level), m, ACC, PRECISION), m, PRECISION)  # [L, L]
+            m = dot_at(m, _product(_level(a_ab, level), m, ACC, PRECISION), m, PRECISION)  # [L, L]
         rb_m = _product(a_rb, m, ACC, PRECISION)  # [L, L]
         _store_tile(s_v_ptr, place, i, i, _product(m, a_ak, ACC, PRECISION), L, L, True)
         _store_tile(c_g_ptr, place, i, i, rb_m, L, L, True)
-        a_rk = _dot(rb_m, a_ak, a_rk, PRECISION)  # [L, L]
+        a_rk = dot_at(rb_m, a_ak, a_rk, PRECISION)  # [L, L]
         for first in range(0, K, BLOCK_K):
             j = first + tl.arange(0, BLOCK_K)
             d = tl.exp2(_load(w_ptr, row, H, count, j, K, EVEN_K) * LOG2E)
@@ -232,13 +212,13 @@ def _prepare(
             x_a = _product(m, x_a, ACC, PRECISION)  # [L, BLOCK_K]
             _store_tile(y_a_ptr, place, i, j, x_a, L, K, EVEN_K)
             x_r = _load(r_ptr, row, H, count, j, K, EVEN_K).to(ACC) * d * head_d
-            x_r = _dot(a_rb, x_a, x_r, PRECISION)  # [L, BLOCK_K]
+            x_r = dot_at(a_rb, x_a, x_r, PRECISION)  # [L, BLOCK_K]
             _store_tile(y_r_ptr, place, j, i, tl.trans(x_r), K, L, EVEN_K)
             y_b = _load(b_ptr, row, H, count, j, K, EVEN_K).to(ACC) * tail_d
             y_b = _product(tl.trans(m), y_b, ACC, PRECISION)  # [L, BLOCK_K]
             _store_tile(y_b_ptr, place, i, j, y_b, L, K, EVEN_K)
             y_k = _load(k_ptr, row, H, count, j, K, EVEN_K).to(ACC) * tail_d
-            _store_tile(y_k_ptr, place, i, j, _dot(tl.trans(a_ak), y_b, y_k, PRECISION), L, K, EVEN_K)  # [L, BLOCK_K]
+            _store_tile(y_k_ptr, place, i, j, dot_at(tl.trans(a_ak), y_b, y_k, PRECISION), L, K, EVEN_K)  # [L, BLOCK_K]
     _store_tile(v_g_ptr, place, i, i, a_rk, L, L, True)
 
 
@@ -264,12 +244,12 @@ def _chain(
         g = _load(grad_y_ptr, row, H, count, j, V, EVEN_V).to(ACC) * scale
         y_r = _load_tile(y_r_ptr, place, kappa, i, K, L, EVEN_K)
         total = tl.load(total_ptr + place * K + kappa, mask=kappa < K, other=0)
-        before = _dot(y_r, g, end * total[:, None], PRECISION)  # [BLOCK_K, BLOCK_V]
+        before = dot_at(y_r, g, end * total[:, None], PRECISION)  # [BLOCK_K, BLOCK_V]
         if x_a_ptr is not None:
             y_b = _load_tile(y_b_ptr, place, i, kappa, L, K, EVEN_K)
             x_a = _load_tile(x_a_ptr, place, kappa, i, K, L, EVEN_K)
             c = _product(y_b, end, ACC, PRECISION)  # [L, BLOCK_V]
-            before = _dot(x_a, c, before, PRECISION)  # [BLOCK_K, BLOCK_V]
+            before = dot_at(x_a, c, before, PRECISION)  # [BLOCK_K, BLOCK_V]
         end = before
     if grad_state0_ptr is not None:
         _store_tile(grad_state0_ptr, head, kappa, j, end, K, V, EVEN)
@@ -304,21 +284,21 @@ def _values(
             kappa = first_k + tl.arange(0, BLOCK_K)
             end = _load_tile(ends_ptr, place, kappa, j, K, V, EVEN)
             y_k = _load_tile(y_k_ptr, place, i, kappa, L, K, EVEN_K)
-            grad_v = _dot(y_k, end, grad_v, ROUNDED)  # [L, BLOCK_V]
+            grad_v = dot_at(y_k, end, grad_v, ROUNDED)  # [L, BLOCK_V]
             if s_ptr is not None:
                 y_b = _load_tile(y_b_ptr, place, i, kappa, L, K, EVEN_K)
-                c = _dot(y_b, end, c, PRECISION)  # [L, BLOCK_V]
+                c = dot_at(y_b, end, c, PRECISION)  # [L, BLOCK_V]
                 y_a = _load_tile(y_a_ptr, place, i, kappa, L, K, EVEN_K)
                 state = _load_tile(checkpoints_ptr, chunk * heads + head, kappa, j, K, V, EVEN)
-                s = _dot(y_a, state, s, PRECISION)  # [L, BLOCK_V]
+                s = dot_at(y_a, state, s, PRECISION)  # [L, BLOCK_V]
         _store(grad_v_ptr, row, H, count, j, grad_v, V, EVEN_V)
-        p_gv = _dot(g, tl.trans(v), p_gv, PRECISION)  # [L, L]
+        p_gv = dot_at(g, tl.trans(v), p_gv, PRECISION)  # [L, L]
         if s_ptr is not None:
             _store_tile(s_ptr, place, i, j, s, L, V, EVEN_V)
             _store_tile(c_ptr, place, i, j, c, L, V, EVEN_V)
-            p_gs = _dot(g, tl.trans(s), p_gs, PRECISION)  # [L, L]
-            p_cv = _dot(c, tl.trans(v), p_cv, PRECISION)  # [L, L]
-            p_cs = _dot(c, tl.trans(s), p_cs, PRECISION)  # [L, L]
+            p_gs = dot_at(g, tl.trans(s), p_gs, PRECISION)  # [L, L]
+            p_cv = dot_at(c, tl.trans(v), p_cv, PRECISION)  # [L, L]
+            p_cs = dot_at(c, tl.trans(s), p_cs, PRECISION)  # [L, L]
     if s_ptr is None:
         _store_tile(p_ptr, place, i, i, p_gv, L, L, True)
     else:
@@ -371,14 +351,14 @@ def _keys(
         if a_ptr is not None:
             x_a, z_b = a * head_d, b * tail_d
             p = _level(p_gs, level)
-            gx_r = _dot(p, z_b, gx_r, PRECISION)  # [L, BLOCK_K]
+            gx_r = dot_at(p, z_b, gx_r, PRECISION)  # [L, BLOCK_K]
             gz_b = _product(tl.trans(p), x_r, ACC, PRECISION)  # [L, BLOCK_K]
             p = _level(p_cv, level)
             gx_a = _product(p, z_k, ACC, PRECISION)  # [L, BLOCK_K]
-            gz_k = _dot(tl.trans(p), x_a, gz_k, PRECISION)  # [L, BLOCK_K]
+            gz_k = dot_at(tl.trans(p), x_a, gz_k, PRECISION)  # [L, BLOCK_K]
             p = _level(p_cs, level)
-            gx_a = _dot(p, z_b, gx_a, PRECISION)  # [L, BLOCK_K]
-            gz_b = _dot(tl.trans(p), x_a, gz_b, PRECISION)  # [L, BLOCK_K]
+            gx_a = dot_at(p, z_b, gx_a, PRECISION)  # [L, BLOCK_K]
+            gz_b = dot_at(tl.trans(p), x_a, gz_b, PRECISION)  # [L, BLOCK_K]
             gx_a *= head_d
             gz_b *= tail_d
             grad_a += gx_a
@@ -389,7 +369,7 @@ def _keys(
         grad_r += gx_r
         grad_k += gz_k
         crossing += r * gx_r + k * gz_k
-        grad_w = _dot(_crossed(level, MASK), crossing, grad_w, PRECISION)  # [L, BLOCK_K]
+        grad_w = dot_at(_crossed(level, MASK), crossing, grad_w, PRECISION)  # [L, BLOCK_K]
         head_d, tail_d = _lengthen(head_d, tail_d, d, level)
 
     gx_r = tl.zeros((L, BLOCK_K), ACC)
@@ -402,13 +382,13 @@ def _keys(
         both += tl.sum(state * end.to(ACC), 1)
         g = _load(grad_y_ptr, row, H, count, n, V, EVEN_V).to(ACC) * scale
         v = _load(v_ptr, row, H, count, n, V, EVEN_V)
-        gx_r = _dot(g, tl.trans(state), gx_r, PRECISION)  # [L, BLOCK_K]
-        gz_k = _dot(v, tl.trans(end), gz_k, PRECISION)  # [L, BLOCK_K]
+        gx_r = dot_at(g, tl.trans(state), gx_r, PRECISION)  # [L, BLOCK_K]
+        gz_k = dot_at(v, tl.trans(end), gz_k, PRECISION)  # [L, BLOCK_K]
         if a_ptr is not None:
             c = _load_tile(c_ptr, place, i, n, L, V, EVEN_V)
             s = _load_tile(s_ptr, place, i, n, L, V, EVEN_V)
-            gx_a = _dot(c, tl.trans(state), gx_a, PRECISION)  # [L, BLOCK_K]
-            gz_b = _dot(s, tl.trans(end), gz_b, PRECISION)  # [L, BLOCK_K]
+            gx_a = dot_at(c, tl.trans(state), gx_a, PRECISION)  # [L, BLOCK_K]
+            gz_b = dot_at(s, tl.trans(end), gz_b, PRECISION)  # [L, BLOCK_K]
     gx_r *= head_d
     gz_k *= tail_d
     grad_r += gx_r
@@ -430,8 +410,8 @@ def _keys(
         _store(grad_a_ptr, row, H, count, j, grad_a + gx_a, K, EVEN_K)
         grad_b += gz_b
     t, other = i[:, None], i[None, :]
-    grad_w = _dot(tl.where(other > t, 1.0, 0.0).to(MASK), before, grad_w, PRECISION)  # [L, BLOCK_K]
-    grad_w = _dot(tl.where(other < t, 1.0, 0.0).to(MASK), after, grad_w, PRECISION)  # [L, BLOCK_K]
+    grad_w = dot_at(tl.where(other > t, 1.0, 0.0).to(MASK), before, grad_w, PRECISION)  # [L, BLOCK_K]
+    grad_w = dot_at(tl.where(other < t, 1.0, 0.0).to(MASK), after, grad_w, PRECISION)  # [L, BLOCK_K]
     grad_w += (both * tl.load(total_ptr + place * K + j, mask=j < K, other=0))[None, :]
 
     own = tl.load(p_ptr + place * (SETS * L * L) + i * (L + 1))[:, None]
@@ -459,27 +439,19 @@ CONFIGS = {
 }
 
 
-def _is_hip():
-    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "hip"
-
-
-def _padded(width):
-    return max(16, triton.next_power_of_2(width))
-
-
 def _config(op, kernel, K, V):
     """-> BLOCK_K, BLOCK_V, launch options"""
-    if INTERPRETED:  # any size is right there: small ones meet more edges on small inputs
-        return _padded(K) if kernel == "chain" else 16, 16, {}
+    if INTERPRETED:
+        return padded(K) if kernel == "chain" else 16, 16, {}
     block_k, block_v, warps, stages = CONFIGS[op][kernel]
-    block_k = _padded(K) if kernel == "chain" else min(block_k, _padded(K))
+    block_k = padded(K) if kernel == "chain" else min(block_k, padded(K))
     if kernel == "chain" and block_k > 64:  # three stages of such tiles are too much for shared memory
         block_v, warps, stages = 16, 8, 2 if block_k == 128 else 1
     options = {"num_warps": warps, "num_stages": stages}
-    if _is_hip():  # tiles of 32 rows: instructions of 32 rows would leave most waves the same work
+    if is_amd():  # tiles of 32 rows: instructions of 32 rows would leave most waves the same work
         # One stage: gfx950 would copy fp32 tiles four bytes a lane.
         options = {"num_warps": min(warps, 4), "num_stages": 1, "matrix_instr_nonkdim": 16}
-    return block_k, min(block_v, _padded(V)), options
+    return block_k, min(block_v, padded(V)), options
 
 
 def backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, scale, grad_r, grad_w, grad_k, grad_v, grad_u,
@@ -495,7 +467,7 @@ def backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, scale,
     heads, chunks = B * H, triton.cdiv(T, steps)
     seven, places = a is not None, heads * chunks
     op = "wkv7" if seven else "wkv6"
-    precision = "ieee" if _is_hip() or INTERPRETED else "bf16x6"
+    precision = "ieee" if is_amd() or INTERPRETED else "bf16x6"
     # The interpreter has no bf16 tensors: fp16 ones meet the rounding there that bf16 ones meet on a GPU.
     rounded = "bf16" if str(r.dtype) == ("torch.float16" if INTERPRETED else "torch.bfloat16") else precision
     if grad_y is None:

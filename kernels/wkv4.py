@@ -29,6 +29,8 @@ import math
 import triton
 import triton.language as tl
 
+from .target import INTERPRETED, lanes
+
 CHUNK = 32  # steps from one saved state to the next
 EMPTY = tl.constexpr(-1e38)  # pp of a state that has seen nothing, as the caller sees it; inside it is LOWEST
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
@@ -410,11 +412,9 @@ def _total(sums_ptr, grad_w_ptr, grad_u_ptr, parts, C, ROWS: tl.constexpr, BLOCK
 
 # ---- launches --------------------------------------------------------------------------------------------------------
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
-
-ENOUGH = 264  # programs that keep a GPU's memory busy
-WANTED = 1024  # … that chunks are cut for, where there are not enough
-SHORTEST = 64  # steps of a chunk at least
+ENOUGH_PROGRAMS = 264  # that keep a GPU's memory busy
+WANTED_PROGRAMS = 1024  # that time is cut for, where there are not enough
+SHORTEST_SEGMENT = 64  # steps
 
 JOIN = 16  # chunks whose states a scan loads at once
 
@@ -427,30 +427,26 @@ CONFIGS = {2: ((4, 8), (2, 8)), 4: ((2, 8), (2, 8))}
 def schedule(B, T, C):
     """-> steps of a chunk, a multiple of 32; T or more: one chunk"""
     programs = B * triton.cdiv(C, 128)
-    if programs >= ENOUGH or T < 2 * SHORTEST:
+    if programs >= ENOUGH_PROGRAMS or T < 2 * SHORTEST_SEGMENT:
         return triton.cdiv(max(T, 1), CHUNK) * CHUNK
-    return max(SHORTEST, triton.cdiv(T, triton.cdiv(WANTED, programs) * CHUNK) * CHUNK)
-
-
-def _lanes():
-    return 64 if triton.runtime.driver.active.get_current_target().backend == "hip" else 32
+    return max(SHORTEST_SEGMENT, triton.cdiv(T, triton.cdiv(WANTED_PROGRAMS, programs) * CHUNK) * CHUNK)
 
 
 def _options(k, backward=False, R=False):
     """Of the kernels that go through time"""
     _, T, C = k.shape
-    if INTERPRETED:  # any size is right there: small ones meet more edges on small inputs
+    if INTERPRETED:
         block, unrolled = 32, 8
     else:
         per_lane, unrolled = CONFIGS[2 if k.dtype.itemsize == 2 else 4][backward]
-        block = _lanes() * (per_lane if C % 16 == 0 else 1)  # where rows are not aligned, lanes stand side by side
+        block = lanes() * (per_lane if C % 16 == 0 else 1)  # where rows are not aligned, lanes stand side by side
     unrolled = 1 if T == 1 else unrolled // 2 if R else unrolled
     return {"FULL": T > 0 and T % unrolled == 0, "EVEN": C % block == 0, "BLOCK": block, "STEPS": unrolled,
             "CHUNK": CHUNK, "num_warps": 1}
 
 
 def _scan_options(C):
-    block = 16 if INTERPRETED else _lanes()
+    block = 16 if INTERPRETED else lanes()
     return {"EVEN": C % block == 0, "BLOCK": block, "STEPS": JOIN, "num_warps": 1}
 
 
