@@ -9,7 +9,7 @@ it is
     y = Y_r S + V_y v;  s = Y_a S + V_s v (RWKV-7);  S ← total∘S + Z_bᵀ s + Z_kᵀ v
 
 where Y_r, Y_a, Z_b, Z_k: [L, K], V_y, V_s: [L, L] and total: [K] do not depend on S, so that all chunks find theirs
-side by side. Row i of Y_r is what y_i reads S through, pulled back from step i to the chunk's start: from scale·r_i, over
+side by side. Row i of Y_r is what y_i reads S through, pulled back from step i to the start: from scale·r_i, over
 steps j descending,
 
     V_y[i,j] = y_r·k_j;  y_r ← d_j∘y_r + (y_r·b_j) a_j    (RWKV-6: V_y[i,i] = Σ y_r u k_i and no a, and only j < i pull)
