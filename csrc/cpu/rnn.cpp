@@ -29,8 +29,7 @@ constexpr int64_t SUM_UNITS = 256;      // units of k summed in registers: 128 i
 constexpr int64_t MEMBER_WORK = 65536;  // multiply-adds that are worth another thread, in all
 constexpr int64_t MEETING_WORK = 8192;  // and at each step, after which the team meets
 
-// ---------------------------------------------------------------------------------------------------------------
-// Products
+// ---- products -------------------------------------------------------------------------------------------------------
 
 // c[v][W] = a · b of one row, b: [depth][VECTORS * lanes]. Two sums for each column, since with one the additions'
 // latency would show; each of at most 64 products.
@@ -199,8 +198,7 @@ struct Operand {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// The forward pass
+// ---- the forward pass -----------------------------------------------------------------------------------------------
 
 template <class Storage>
 struct Results {
@@ -482,8 +480,7 @@ class Forward {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// The op
+// ---- the op ---------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn(
     Tensor input, std::optional<Tensor> batch_sizes, Tensor h0, std::optional<Tensor> c0, Tensor weight_ih,

@@ -27,8 +27,7 @@ constexpr int gates_of(Cell cell) { return cell == Cell::LSTM ? 4 : cell == Cell
 constexpr int saved_of(Cell cell) { return cell == Cell::LSTM || cell == Cell::GRU ? 4 : 0; }  // of `gates`, in H
 constexpr bool has_state(Cell cell) { return cell == Cell::LSTM || cell == Cell::GRU; }  // carried beside h's operand
 
-// ---------------------------------------------------------------------------------------------------------------
-// The arguments of both ops
+// ---- the arguments of both ops --------------------------------------------------------------------------------------
 
 // A matrix, or rows by step and sequence: [T, B, N], [total, N], [B, N], [N]. Strides in elements.
 template <class T>
@@ -128,8 +127,7 @@ void for_cell(Cell cell, const F& f) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Which sequences run at which step
+// ---- which sequences run at which step ------------------------------------------------------------------------------
 
 // Sequences take slots, longest first, so that the ones running at any step are slots 0 .. active(t) - 1. Steps are
 // counted in running order, k = 0 .. T-1; t = time(k) is where their rows lie.
@@ -196,8 +194,7 @@ class Schedule {
   Strided<const bool> resets_;      // [T, B]
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// The cells
+// ---- the cells ------------------------------------------------------------------------------------------------------
 
 // One step of W units. x: [G] from the input, biases included; s: [G] from the state (GRU: s[2] includes b_hn).
 // state: c of the LSTM, h of the GRU; becomes the next one. saved: [saved_of(cell)] gets what backward reads. Returns
@@ -221,8 +218,7 @@ PK_INLINE Vec<Acc> advance(const Vec<Acc>* x, const Vec<Acc>* s, Vec<Acc>& state
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// A team of threads
+// ---- a team of threads ----------------------------------------------------------------------------------------------
 
 PK_INLINE void pause() {
 #if defined(__x86_64__)

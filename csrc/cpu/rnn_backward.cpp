@@ -359,8 +359,7 @@ class Backward {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// The op
+// ---- the op ---------------------------------------------------------------------------------------------------------
 
 void check_gradients(const Arguments& a, const std::optional<Tensor>& grad_output,
                      const std::optional<Tensor>& grad_h_n, const std::optional<Tensor>& grad_c_n,

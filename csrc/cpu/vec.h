@@ -138,8 +138,7 @@ PK_INLINE T reduce_add(Vec<T> v) {
   return x[0];
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Conversion between a storage type and the accumulator type, a vector at a time. No arithmetic is done in 16 bits.
+// ---- conversion between a storage type and the accumulator type, a vector at a time. No arithmetic is done in 16 bits. 
 
 template <class Acc, class Storage>
 PK_INLINE Vec<Acc> load_as(const Storage* p) {
@@ -202,8 +201,7 @@ PK_INLINE void store_some(Storage* to, Vec<Acc> v, int64_t count) {
   std::memcpy(to, all, count * sizeof(Storage));
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Functions
+// ---- functions ------------------------------------------------------------------------------------------------------
 
 template <class T, int N>
 PK_INLINE Vec<T> polynomial(const T (&c)[N], Vec<T> x) {
@@ -324,8 +322,7 @@ PK_INLINE Vec<T> tanh(Vec<T> x) {
   return (Vec<T>)((Vec<Bits<T>>)(m / (m + T(2))) | sign);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Shuffles
+// ---- shuffles -------------------------------------------------------------------------------------------------------
 
 template <class V, size_t... I>
 PK_INLINE V zip_half(V a, V b, size_t first, std::index_sequence<I...>) {

@@ -118,8 +118,7 @@ inline int64_t share(int64_t count, int64_t bytes) {
   return std::max<int64_t>(wanted / std::max<int64_t>(bytes, 1), 1);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Reading a table
+// ---- reading a table ------------------------------------------------------------------------------------------------
 
 template <class Storage>
 struct Table {
@@ -171,8 +170,7 @@ struct Table {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// The table's gradient
+// ---- the table's gradient -------------------------------------------------------------------------------------------
 
 // All (row, position), ascending: row g M + m of all tables' rows, and the place in [N][G][k] of an index m.
 struct Hits {
@@ -328,8 +326,7 @@ struct RowSums {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// The ops
+// ---- the ops --------------------------------------------------------------------------------------------------------
 
 // Of bags' tensors; indices must be contiguous.
 void check_bags(const Tensor& indices, const Tensor& weights, int64_t M, ScalarType dtype) {

@@ -403,8 +403,7 @@ struct Wkv4Backward : Wkv4<Storage> {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// The ops
+// ---- the ops --------------------------------------------------------------------------------------------------------
 
 void check(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const std::optional<Tensor>& state) {
   const ScalarType dtype = k.scalar_type(), exact = accumulator_of(dtype);
