@@ -49,7 +49,7 @@ struct Window {
   }
 };
 
-// ---- rows --------------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 // A sequence and one of its key heads. The queries of the G = H / Hk heads that share the keys are its G·N rows.
 struct Head {
@@ -266,7 +266,9 @@ inline Tensor empty_in_layout(const Tensor& like, int64_t B, int64_t H, int64_t 
 
 constexpr int64_t LONGEST_WINDOW = int64_t(1) << 40;  // a window beyond any length, still safe to add
 
-inline Window clamp_window(int64_t left, int64_t right) { return {std::min(left, LONGEST_WINDOW), std::min(right, LONGEST_WINDOW)}; }
+inline Window clamp_window(int64_t left, int64_t right) {
+  return {std::min(left, LONGEST_WINDOW), std::min(right, LONGEST_WINDOW)};
+}
 
 inline std::vector<Sequence> batch_sequences(int64_t B, int64_t N, int64_t M, const std::optional<Tensor>& key_lengths,
                                              bool align_lengths) {

@@ -13,9 +13,9 @@
 // BLOCK_ROWS of the G·N query rows of that head's group (strided, so that a causal mask leaves the splits equal work).
 // It packs its rows of q and do once, then takes the keys block by block: K and V are packed, the block's dk and dv
 // are summed in cache over the task's rows, and dq is summed over the key blocks in the task's own rows. S and dP of
-// BLOCK_ROWS queries and KEYS keys, queries as rows, live in L1 and turn into P and dS in place; the products with their transposes
-// (dv, dk) read them by columns, so that nothing is transposed. With bf16 pairs P and dS are interleaved along the
-// queries for those, and dS along the keys for dq.
+// BLOCK_ROWS queries and KEYS keys, queries as rows, live in L1 and turn into P and dS in place; the products with
+// their transposes (dv, dk) read them by columns, so that nothing is transposed. With bf16 pairs P and dS are
+// interleaved along the queries for those, and dS along the keys for dq.
 //
 // With fewer heads than threads the rows are split; each split then leaves partial sums of dk and dv, [keys, D + Dv],
 // and a last pass adds those in order. Every other sum too has an owner and an order (no atomics), so results repeat

@@ -142,8 +142,8 @@ struct BackwardScratch {
 
 // ---- packing --------------------------------------------------------------------------------------------------------
 
-// rows: [count] pointers to n elements each. left: [BLOCK_ROWS][row_units], right: [BLOCK_ROWS / depth][width], zero past
-// count.
+// rows: [count] pointers to n elements each. left: [BLOCK_ROWS][row_units], right: [BLOCK_ROWS / depth][width], zero
+// past count.
 template <class Storage>
 void pack_row_block(const Storage* const* rows, int64_t stride, int64_t count, int64_t n,
                     typename BackwardProblem<Storage>::Unit* left, typename BackwardProblem<Storage>::Unit* right,
@@ -172,7 +172,8 @@ void pack_key_block(const BackwardProblem<Storage>& problem, const BackwardHead&
   pack_rows<P>(k, in.key.stride[3], count, problem.D, w.k_rows, problem.q_width, w.stage);
 }
 
-// s: [TILE_ROWS][KEYS] = q: [TILE_ROWS][D] · kᵀ: [D][width] of rows row0 .. ; columns past the width are left to the mask.
+// s: [TILE_ROWS][KEYS] = q: [TILE_ROWS][D] · kᵀ: [D][width] of rows row0 ..; columns past the width are left to the
+// mask.
 template <class Storage>
 void score_tile(const BackwardProblem<Storage>& problem, int64_t row0, int64_t width,
                 const BackwardScratch<Storage>& w, typename BackwardProblem<Storage>::Acc* s) {
@@ -201,7 +202,8 @@ void sum_deltas(const BackwardProblem<Storage>& problem, const Storage* const* g
     for (int64_t d0 = 0; d0 < Dv; d0 += SUM_DEPTH) {
       Vec<Acc> sum = {};
       for (int64_t d = d0; d < std::min(Dv, d0 + SUM_DEPTH); ++d)
-        sum = load<Vec<Acc>>(w.g_columns + d * BLOCK_ROWS + r) * load<Vec<Acc>>(w.out_columns + d * BLOCK_ROWS + r) + sum;
+        sum = load<Vec<Acc>>(w.g_columns + d * BLOCK_ROWS + r) * load<Vec<Acc>>(w.out_columns + d * BLOCK_ROWS + r) +
+              sum;
       delta += sum;
     }
     for (int64_t i = 0; i < lanes<Acc> && r + i < count; ++i) terms[r + i].delta = delta[i];
@@ -300,7 +302,9 @@ void repeat_sums(const BackwardProblem<Storage>& problem, const BackwardTask& ta
       if (w.large[t]) visit(t);
   };
   for_large([&](int64_t t) {
-    for_tile_rows(task, t, w, [](RowTerms<Acc>& terms, int64_t, int64_t) { terms.top = MINUS_INF<Acc>, terms.low = 0; });
+    for_tile_rows(task, t, w, [](RowTerms<Acc>& terms, int64_t, int64_t) {
+      terms.top = MINUS_INF<Acc>, terms.low = 0;
+    });
   });
   for (int64_t key0 = 0; key0 < task.head.keys; key0 += KEYS) {
     const Span keys = {key0, std::min(key0 + KEYS, task.head.keys)};

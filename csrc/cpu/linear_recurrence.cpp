@@ -58,7 +58,7 @@ struct RecurrenceForward : RecurrenceArguments<Storage> {
     auto prepare = [&](int64_t t) {
       this->prefetch(b, t + 2, h, j);
       read_row(this->r.at(b, t, h), K, row(t, 0));
-      this->read_decay(b, t, h, row(t, 1));
+      decay(b, t, h, row(t, 1));
       read_row(this->k.at(b, t, h), K, row(t, 2));
       if constexpr (CORRECTED)
         read_row(this->a.at(b, t, h), K, row(t, 3)), read_row(this->b.at(b, t, h), K, row(t, 4));
@@ -83,6 +83,11 @@ struct RecurrenceForward : RecurrenceArguments<Storage> {
         store_some<Acc>(y_row(b, t, h) + j + n * W, this->scale * (out[n] + present * v[n]), V - j - n * W);
     }
     copy_out<N>(S.get(), final + at, j);
+  }
+
+  // Apart from the loop over the state, which needs the registers of this one's constants.
+  __attribute__((noinline)) void decay(int64_t b, int64_t t, int64_t h, Acc* to) const {
+    read_decay(this->w.at(b, t, h), K, to);
   }
 
   // A step: S, and s from this step's aᵀS to the next one's. b: this step's correction; a: the next one's.

@@ -24,13 +24,19 @@ using RowView = View<const Element, 4>;
 
 // A row in the accumulator type, then zeros up to a whole vector.
 template <class Element>
-void read_row(const Element* from, int64_t width, AccOf<Element>* to) {
+PK_INLINE void read_row(const Element* from, int64_t width, AccOf<Element>* to) {
   using Acc = AccOf<Element>;
   for (int64_t i = 0; i < width; i += lanes<Acc>) store(to + i, load_some<Acc>(from + i, width - i));
 }
 
+// e^w of a step, 1 beyond the row.
+template <class Acc>
+PK_INLINE void read_decay(const Acc* w, int64_t K, Acc* to) {
+  for (int64_t i = 0; i < K; i += lanes<Acc>) store(to + i, exp_negative<Acc>(load_some<Acc>(w + i, K - i)));
+}
+
 template <class Element>
-void ask_for_row(const Element* row, int64_t width) {
+PK_INLINE void ask_for_row(const Element* row, int64_t width) {
   for (int64_t i = 0; i < width; i += 64 / sizeof(Element)) __builtin_prefetch(row + i);
 }
 
@@ -45,17 +51,11 @@ struct RecurrenceArguments {
   const Acc *u, *state;  // [H][K], [B][H][K][V]; null if there is none
   Acc scale;
 
-  RecurrenceArguments(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const std::optional<Tensor>& u,
-            const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::optional<Tensor>& state,
-            double scale)
+  RecurrenceArguments(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v,
+                      const std::optional<Tensor>& u, const std::optional<Tensor>& a, const std::optional<Tensor>& b,
+                      const std::optional<Tensor>& state, double scale)
       : B(r.size(0)), T(r.size(1)), H(r.size(2)), K(r.size(3)), V(v.size(3)), r(r), k(k), v(v), a(a), b(b), w(w),
         u(data<const Acc>(u)), state(data<const Acc>(state)), scale(static_cast<Acc>(scale)) {}
-
-  // e^w of a step, 1 beyond the row.
-  void read_decay(int64_t ib, int64_t it, int64_t ih, Acc* to) const {
-    const Acc* from = w.at(ib, it, ih);
-    for (int64_t i = 0; i < K; i += W) store(to + i, exp_negative<Acc>(load_some<Acc>(from + i, K - i)));
-  }
 
   // Asks for the rows of a step to come, v's from column j on.
   void prefetch(int64_t ib, int64_t it, int64_t ih, int64_t j) const {

@@ -80,11 +80,11 @@ Vec<Acc> row_products(const Acc* tile, const Acc* row, int64_t padded) {
 }
 
 template <class Acc>
-void add_to(Acc* p, Vec<Acc> v) { store(p, load<Vec<Acc>>(p) + v); }
+PK_INLINE void add_to(Acc* p, Vec<Acc> v) { store(p, load<Vec<Acc>>(p) + v); }
 
 // The states after every step, of the columns from j on; x.state(0) is the state before the first.
 template <bool CORRECTED, class Acc>
-void replay(const HeadScratch<Acc>& x, int64_t j, int64_t steps) {
+PK_INLINE void replay(const HeadScratch<Acc>& x, int64_t j, int64_t steps) {
   constexpr int64_t W = lanes<Acc>;
   const int64_t padded = x.padded;
   for (int64_t t = 0; t < steps; ++t) {
@@ -107,10 +107,12 @@ void replay(const HeadScratch<Acc>& x, int64_t j, int64_t steps) {
 }
 
 template <class Acc>
-void step_back(const HeadScratch<Acc>& x, int64_t j, int64_t t) {
+PK_INLINE void step_back(const HeadScratch<Acc>& x, int64_t j, int64_t t) {
   constexpr int64_t W = lanes<Acc>;
   const int64_t padded = x.padded;
-  const Acc *v = &x.v[t * x.columns + j], *g = &x.g[t * x.columns + j], *S = x.state(t);
+  alignas(64) Acc v[W], g[W];  // copies: the compiler cannot know that no store to G changes them
+  std::copy_n(&x.v[t * x.columns + j], W, v), std::copy_n(&x.g[t * x.columns + j], W, g);
+  const Acc* S = x.state(t);
   const Acc *r = x.row(R, t), *d = x.row(D, t), *k = x.row(KEY, t);
   Acc *G = x.G_of(j), *grad_r = x.grad(R, t), *grad_d = x.grad(D, t), *grad_k = x.grad(KEY, t);
   add_to(&x.grad_v[t * x.columns + j], row_products(G, k, padded));
@@ -132,10 +134,12 @@ void step_back(const HeadScratch<Acc>& x, int64_t j, int64_t t) {
 }
 
 template <class Acc>
-void step_back_corrected(const HeadScratch<Acc>& x, int64_t j, int64_t t) {
+PK_INLINE void step_back_corrected(const HeadScratch<Acc>& x, int64_t j, int64_t t) {
   constexpr int64_t W = lanes<Acc>;
   const int64_t padded = x.padded;
-  const Acc *v = &x.v[t * x.columns + j], *g = &x.g[t * x.columns + j], *s = &x.s[t * W];
+  alignas(64) Acc v[W], g[W], s[W];  // copies, as in step_back
+  std::copy_n(&x.v[t * x.columns + j], W, v), std::copy_n(&x.g[t * x.columns + j], W, g);
+  std::copy_n(&x.s[t * W], W, s);
   const Acc *before = x.state(t), *after = x.state(t + 1), *r = x.row(R, t), *d = x.row(D, t), *a = x.row(A, t);
   Acc *G = x.G_of(j), *of_r = x.grad(R, t), *of_k = x.grad(KEY, t), *of_b = x.grad(CORRECTION, t);
   for (int64_t i = 0; i < padded; i += W, G += TILE<Acc>, after += TILE<Acc>) {
@@ -238,7 +242,7 @@ struct RecurrenceBackward : RecurrenceArguments<Storage> {
       }
       read_row(this->r.at(b, begin + t, h), K, x.row(R, t));
       read_row(this->k.at(b, begin + t, h), K, x.row(KEY, t));
-      this->read_decay(b, begin + t, h, x.row(D, t));
+      read_decay(this->w.at(b, begin + t, h), K, x.row(D, t));
       if constexpr (CORRECTED) {
         read_row(this->a.at(b, begin + t, h), K, x.row(A, t));
         read_row(this->b.at(b, begin + t, h), K, x.row(CORRECTION, t));

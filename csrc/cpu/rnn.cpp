@@ -105,7 +105,7 @@ struct RnnArrays {
   Unit *input_panels, *state_panels, *projection_panels;
   // Shared: h: [2][B][h_width], read and written in turns; hidden: [B][hidden_width], o ∘ tanh c' before a projection.
   Unit *h[2], *hidden;
-  // By block of units, so each part is one member's. x: [blocks][chunk rows][group][G][W], the input's part of the gates;
+  // By block of units, so each part is one member's. x: [blocks][chunk rows][group][G][W], the gates' part from the input;
   // bias: [blocks][group][G][W]; hidden_bias: [blocks][group][W], of the GRU's n; state: [blocks][group][B][W].
   Acc *x, *bias, *hidden_bias, *state;
   // By member. inputs: [chunk rows][input_width].

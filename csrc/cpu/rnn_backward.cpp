@@ -219,7 +219,7 @@ class RnnBackward {
   const RnnArguments& a;
   const Schedule& schedule;
   const StepRows<Storage>& rows;
-  const RnnBackwardArrays<Storage>& to;
+  const RnnBackwardArrays<Storage> to;
   const int64_t H, PH, width, state_width;
 
   void run_member(Team& team, int64_t member) const {
@@ -238,7 +238,8 @@ class RnnBackward {
       if (problem.projects) {
         add_outputs(t, active, columns);
         team.meet(member);
-        hr.multiply(active, left(to.projected, row0, problem.projected_width), own_hr, to.dm + units.first, width, false);
+        hr.multiply(active, left(to.projected, row0, problem.projected_width), own_hr, to.dm + units.first, width,
+                    false);
       }
       for_cell(problem.cell, [&](auto constant) {
         for (int64_t slot = 0; slot < active; ++slot) {

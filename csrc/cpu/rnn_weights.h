@@ -124,8 +124,8 @@ struct RnnWeight {
     if (in_place || K == 0) return;
     for (int64_t v = 0; v < vectors(); ++v) {
       if (count(block, v) > 0) {
-        pack_transposed<P>([&](int64_t j) { return row(block, v, j); }, weight.stride[1], count(block, v), K, to + v * W,
-                           vectors() * W, stage);
+        pack_transposed<P>([&](int64_t j) { return row(block, v, j); }, weight.stride[1], count(block, v), K,
+                           to + v * W, vectors() * W, stage);
       } else {
         for (int64_t k = 0; k < units(); ++k) store(to + (k * vectors() + v) * W, Vec<Unit>{});
       }

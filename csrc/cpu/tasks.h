@@ -35,11 +35,11 @@ inline int64_t threads_for(double work) {
   return static_cast<int64_t>(std::clamp(repaid, 1.0, static_cast<double>(thread_count())));
 }
 
-// Calls f(worker, task) for every task in [0, count), which are so much work in all: on as many threads as that repays,
-// so that little work wakes none. Tasks are handed out one by one, in order, because their sizes differ (a causal row
-// block late in the sequence costs many times an early one) and cores may be shared. Each task must own what it writes,
-// so the result does not depend on who runs it. 0 <= worker < min(count, thread_count()). f must not throw: an exception
-// here loses its message.
+// Calls f(worker, task) for every task in [0, count), on as many threads as the work of all of them repays: little work
+// wakes none. Tasks are handed out one by one, in order, because their sizes differ (a causal row block late in the
+// sequence costs many times an early one) and cores may be shared. Each task must own the memory that it writes, so the
+// result does not depend on who runs it. 0 <= worker < min(count, thread_count()). f must not throw: an exception here
+// loses its message.
 template <class F>
 void run_tasks(int64_t count, double work, const F& f) {
   if (count <= 0) return;

@@ -160,11 +160,11 @@ class Search {
   static constexpr int64_t FEW_QUERIES = 6;  // queries to which vectors of keys are faster than a tile's unused columns
   static constexpr int64_t SUM_UNITS = 128;  // products in one running sum, for accuracy: as in gemm.h
 
-  // queries: room for so many. FEW_QUERIES or fewer never change the way they are scored, so that a remainder of many is summed as
-  // the others are.
+  // queries: room for so many. FEW_QUERIES or fewer never change the way they are scored, so that a remainder of many is
+  // summed as the others are.
   Search(int64_t d, int64_t k, Acc scale, int64_t queries)
-      : d_(d), k_(k), few_(queries <= FEW_QUERIES), scale_(scale), units_(ceil_div(d, P::depth)), padded_(round_up(units_, W)),
-        capacity_(k + std::max<int64_t>(k, 16)),
+      : d_(d), k_(k), few_(queries <= FEW_QUERIES), scale_(scale), units_(ceil_div(d, P::depth)),
+        padded_(round_up(units_, W)), capacity_(k + std::max<int64_t>(k, 16)),
         block_(round_up(std::clamp<int64_t>(65536 / (d * sizeof(Storage)), 12, 480), 12)),
         queries_(round_up(queries, W) * padded_), stage_(stage_units<P>(d)), staged_(block_ * padded_),
         thresholds_(round_up(queries, W)), next_(queries), ranked_(queries), entries_(queries * capacity_),

@@ -358,7 +358,7 @@ PK_INLINE void transpose(Vec<T> (&m)[lanes<T>]) {
   }
 }
 
-// The sum of each vector's lanes, in the lane of the vector's number. Transposed, these are sums of vectors, and they are
+// The sum of each vector's lanes, in the lane of the vector's number. Transposed, these are sums of vectors. They are
 // added in halves, so that the rounding error grows with the logarithm of the width.
 template <class T>
 PK_INLINE Vec<T> row_sums(Vec<T> (&m)[lanes<T>]) {

@@ -58,6 +58,8 @@ inline Tensor dense_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
-inline std::optional<Tensor> dense_rows(const std::optional<Tensor>& t) { return t ? std::optional(dense_rows(*t)) : t; }
+inline std::optional<Tensor> dense_rows(const std::optional<Tensor>& t) {
+  return t ? std::optional(dense_rows(*t)) : t;
+}
 
 }  // namespace

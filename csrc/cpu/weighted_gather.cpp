@@ -287,7 +287,8 @@ struct TableGradient {
   // to: [rows][dv], every row of all tables.
   void write_all(int64_t rows, Storage* to) const {
     const int64_t taken = count_per_task(rows, dv * sizeof(Storage));
-    run_tasks(ceil_div(rows, taken), double(rows + hits.count) * dv * sizeof(Storage) * BYTE, [&](int64_t, int64_t task) {
+    const double work = double(rows + hits.count) * dv * sizeof(Storage) * BYTE;
+    run_tasks(ceil_div(rows, taken), work, [&](int64_t, int64_t task) {
       const int64_t last = std::min(rows, (task + 1) * taken);
       Buffer<Acc> acc(padded);
       int64_t row = task * taken, hit = hits.find(row);

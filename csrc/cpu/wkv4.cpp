@@ -28,13 +28,14 @@ namespace {
 constexpr int64_t SAVED = 32;  // steps from one saved state to the next, as in pykernels/ops/wkv4.py
 constexpr double STEP_TIME = 0.35;  // ns of a step of a channel, forward
 constexpr int64_t TILE_STEPS = 8;  // steps that forward takes a few channels through before the next channels
-constexpr double EMPTY_EXPONENT = -1e38;  // pp of a state that has seen nothing, as the caller sees it; inside it is the lowest
+// pp of a state that has seen nothing, as the caller sees it. Inside it is the lowest number.
+constexpr double EMPTY_EXPONENT = -1e38;
 
 template <class T>
 constexpr T LOWEST = std::numeric_limits<T>::lowest();
 
-// An exponent that overflowed downwards, or was -inf, as the lowest number: no difference is of two infinities then, and
-// the empty state is no larger than anything. NaN stays NaN.
+// An exponent that overflowed downwards, or was -inf, as the lowest number: no difference is of two infinities then,
+// and the empty state is no larger than anything. NaN stays NaN.
 template <class T>
 PK_INLINE Vec<T> finite(Vec<T> exponent) { return max<T>(broadcast(LOWEST<T>), exponent); }
 
