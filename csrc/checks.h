@@ -49,7 +49,7 @@ struct Size {
 constexpr int64_t ANY_SIZE = -1;
 inline Size or_one(int64_t size) { return {size, true}; }
 
-// ... and of the strides. ROWS: the last dimension's numbers are neighbours. DENSE: as in a contiguous tensor.
+// What it expects of the strides. ROWS: the last dimension's numbers are neighbours. DENSE: as in a contiguous tensor.
 enum class Layout { ANY, ROWS, DENSE };
 
 inline void check(const Tensor& t, std::initializer_list<Size> sizes, ScalarType dtype, const char* name,
@@ -81,10 +81,6 @@ inline void check(const std::optional<Tensor>& t, std::initializer_list<Size> si
   if (t) check(*t, sizes, dtype, name, layout);
 }
 
-inline void check_cpu(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
-}
-
 inline void check_rank(const Tensor& t, int64_t rank, const char* name) {
   STD_TORCH_CHECK(t.dim() == rank, name, ": expected ", rank, " dimensions, got ", t.dim());
 }
@@ -93,21 +89,9 @@ inline void check_size(const Tensor& t, int64_t dim, int64_t size, const char* n
   STD_TORCH_CHECK(t.size(dim) == size, name, ": expected size ", size, " in dimension ", dim, ", got ", t.size(dim));
 }
 
-// A dimension that may be broadcast.
-inline void check_size_or_one(const Tensor& t, int64_t dim, int64_t size, const char* name) {
-  STD_TORCH_CHECK(t.size(dim) == size || t.size(dim) == 1, name, ": expected size ", size, " or 1 in dimension ", dim,
-                  ", got ", t.size(dim));
-}
-
 inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected dtype ", torch::headeronly::toString(dtype), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
-}
-
-inline void check_cpu_tensor(const Tensor& t, int64_t rank, ScalarType dtype, const char* name) {
-  check_cpu(t, name);
-  check_rank(t, rank, name);
-  check_dtype(t, dtype, name);
 }
 
 // Calls f with a value of the storage type.

@@ -2,16 +2,17 @@
 
   S ← cap · tanh(scale · q·k / cap) + bias − slope · |p − j|, −inf where masked;  P = e^(S − lse);  dS = P ∘ (dP − Δ)
 
-Scores have a unit (_unit), by which they are multiplied after the difference from a maximum: s · unit, rounded, is off
-by more than an exponent holds from 1e9 on, and infinite at 3e38. A product would join that difference in one operation,
-which does not round it as its maximum was rounded: so a score is no product of another.
+Scores have a unit (unit_of), by which they are multiplied after the difference from a maximum: s · unit, rounded, is
+off by more than an exponent holds from 1e9 on, and infinite at 3e38. A product would join that difference in one
+operation, which does not round it as its maximum was rounded: so a score is no product of another.
 Nothing here loops over a sequence or knows which gradient is wanted. A bare `return` gives None,
 which Triton 3.6 returns in no other way.
 """
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from .tiles import LOG2E
+
 LARGE = tl.constexpr(1024.0)  # |lse| from which on its rounding is too much for an exponent
 # Finite numbers that no score is below: subtracting them never makes a NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -29,7 +30,7 @@ def _edge(cu_ptr, t, S, total):
 
 
 @triton.jit
-def _locate(slot, own_cu_ptr, other_cu_ptr, S, steps, own, other, BLOCK: tl.constexpr):
+def locate(slot, own_cu_ptr, other_cu_ptr, S, steps, own, other, BLOCK: tl.constexpr):
     """-> (block, first own row, own rows, first other row, other rows) of the slot-th block of the owned axis.
 
     A packed axis gives sequence t the slots from ⌊start_t / BLOCK⌋ + t on, at least as many as it needs, so the host
@@ -54,7 +55,7 @@ def _locate(slot, own_cu_ptr, other_cu_ptr, S, steps, own, other, BLOCK: tl.cons
 
 
 @triton.jit
-def _tiles(first, last, count, before, after, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr):
+def tile_range(first, last, count, before, after, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr):
     """Edges of three loops in steps of BLOCK over 0..count, for owned positions first..last that each see
     [position − before, position + after]: tiles cut at the near end, tiles that all see whole, the rest.
     Every edge is a multiple of BLOCK that the compiler can tell: else a bias loads one element at a time."""
@@ -75,7 +76,7 @@ def _tiles(first, last, count, before, after, BEFORE: tl.constexpr, AFTER: tl.co
 
 
 @triton.jit
-def _low(p, left, LEFT: tl.constexpr):
+def low_of(p, left, LEFT: tl.constexpr):
     """The first keys that queries at positions p: [BLOCK_M] see, or None"""
     if LEFT:
         return p - left
@@ -84,13 +85,13 @@ def _low(p, left, LEFT: tl.constexpr):
 
 
 @triton.jit
-def _high(p, length, right, RIGHT: tl.constexpr):
+def high_of(p, length, right, RIGHT: tl.constexpr):
     """The key after the last that queries at positions p: [BLOCK_M] see"""
     return tl.minimum(p + (right + 1), length) if RIGHT else tl.zeros_like(p) + length
 
 
 @triton.jit
-def _rows(bound):
+def rows_at(bound):
     if bound is None:
         return
     else:
@@ -98,7 +99,7 @@ def _rows(bound):
 
 
 @triton.jit
-def _length(lengths_ptr, b, N, M, ALIGN: tl.constexpr):
+def length_of(lengths_ptr, b, N, M, ALIGN: tl.constexpr):
     """-> (valid keys, position of query 0) of sequence b with N queries and M keys."""
     if lengths_ptr is None:
         return M, M - N
@@ -110,7 +111,7 @@ def _length(lengths_ptr, b, N, M, ALIGN: tl.constexpr):
 # ---- loads and stores ------------------------------------------------------------------------------------------------
 
 @triton.jit
-def _base(ptr, b, h, row, strides):
+def base_of(ptr, b, h, row, strides):
     return (ptr + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
             + tl.cast(row, tl.int64) * strides[2])
 
@@ -138,7 +139,7 @@ def _inside(valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _load(base, rows, valid, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load(base, rows, valid, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """[R, BLOCK_D], zero where not valid: beyond a length there may be anything, and 0 · NaN is NaN"""
     mask = _inside(valid, D, BLOCK_D)
     if mask is None:
@@ -148,7 +149,7 @@ def _load(base, rows, valid, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _stream(source, b, h, first, start, rows, limit, strides, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def stream_tile(source, b, h, first, start, rows, limit, strides, D: tl.constexpr, BLOCK_D: tl.constexpr,
             BULK: tl.constexpr, FOREIGN: tl.constexpr):
     """Rows start.. of a head, counted from its row `first` -> [R, BLOCK_D]. limit: None, or the number of valid rows:
     those past it are zero or repeat the last, which needs no mask beside the one that the scores have.
@@ -165,28 +166,29 @@ def _stream(source, b, h, first, start, rows, limit, strides, D: tl.constexpr, B
     else:
         if limit is not None:
             rows = tl.minimum(rows, limit - 1)
-        return _load(_base(source, b, h, first, strides), rows.to(tl.int64) * strides[2], None, strides[3], D, BLOCK_D)
+        return load(base_of(source, b, h, first, strides), rows.to(tl.int64) * strides[2], None, strides[3], D, BLOCK_D)
 
 
 @triton.jit
-def _paged(source, h, j, limit, table_ptr, pages, strides, PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_paged(source, h, j, limit, table_ptr, pages, strides, PAGE: tl.constexpr, D: tl.constexpr,
+               BLOCK_D: tl.constexpr):
     """Keys j of a head through its block table's row -> [BLOCK_N, BLOCK_D], past the limit repeating the last"""
     if limit is not None:
         j = tl.minimum(j, limit - 1)
     page = tl.load(table_ptr + j // PAGE)
     page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
     rows = page * strides[0] + (j % PAGE).to(tl.int64) * strides[2]
-    return _load(_base(source, 0, h, 0, strides), rows, None, strides[3], D, BLOCK_D)
+    return load(base_of(source, 0, h, 0, strides), rows, None, strides[3], D, BLOCK_D)
 
 
 @triton.jit
-def _store(base, rows, valid, stride, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store(base, rows, valid, stride, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
     ptrs = _pointers(base, rows, stride, BLOCK_D)
     tl.store(ptrs, tile.to(base.dtype.element_ty), mask=_inside(valid, D, BLOCK_D))
 
 
 @triton.jit
-def _load_bias(base, i, j, N, length, strides, MASKED: tl.constexpr):
+def load_bias(base, i, j, N, length, strides, MASKED: tl.constexpr):
     """i, j: [BLOCK_M, 1], [1, BLOCK_N] or both transposed"""
     mask = i < N
     if MASKED:
@@ -195,7 +197,7 @@ def _load_bias(base, i, j, N, length, strides, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _load_slope(slopes_ptr, b, h, strides):
+def load_slope(slopes_ptr, b, h, strides):
     if slopes_ptr is None:
         return
     else:
@@ -203,7 +205,7 @@ def _load_slope(slopes_ptr, b, h, strides):
 
 
 @triton.jit
-def _load_rows(ptr, i, limit, other):
+def load_statistics(ptr, i, limit, other):
     if limit is None:
         return tl.load(ptr + i)
     else:
@@ -213,19 +215,19 @@ def _load_rows(ptr, i, limit, other):
 # ---- tile mathematics; p, j: [BLOCK_M, 1] and [1, BLOCK_N], or, where keys are the rows, both transposed -------------
 
 @triton.jit
-def _dot(a, b, acc):
+def dot(a, b, acc):
     """Exact for fp32 as well: never TF32."""
     return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
 
 
 @triton.jit
-def _products(a, b, ACC: tl.constexpr):
+def products(a, b, ACC: tl.constexpr):
     """[R, D] · [C, D] -> a bᵀ: [R, C]"""
     return tl.dot(a, tl.trans(b), input_precision="ieee", out_dtype=ACC)
 
 
 @triton.jit
-def _tanh(x, EXACT: tl.constexpr):
+def tanh(x, EXACT: tl.constexpr):
     e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
     t = (1 - e) / (1 + e)
     t = tl.where(x < 0, -t, t)
@@ -237,7 +239,7 @@ def _tanh(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _unit(bias_ptr, slopes_ptr, scale, softcap, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
+def unit_of(bias_ptr, slopes_ptr, scale, softcap, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
     """What scores are multiples of: 1 where something was added to them"""
     if (bias_ptr is not None) or (slopes_ptr is not None):
         return tl.full((), 1.0, ACC)
@@ -248,14 +250,14 @@ def _unit(bias_ptr, slopes_ptr, scale, softcap, SOFTCAP: tl.constexpr, ACC: tl.c
 
 
 @triton.jit
-def _scores(s, p, j, bias, slope, x, low, high, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
+def score(s, p, j, bias, slope, x, low, high, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
             MASKED: tl.constexpr):
     """Products s = q·k -> (scores in their unit, −inf where masked; derivative of the softcap).
     MASKED: the streamed index x is seen by an owned row from its low up to its high: bounds by row, since a thread
     holds few rows."""
     slack = 1.0
     if SOFTCAP:
-        t = _tanh(s * (scale / softcap), EXACT)
+        t = tanh(s * (scale / softcap), EXACT)
         slack = 1 - t * t
         s = t
     if (bias is not None) or (slope is not None):
@@ -279,7 +281,7 @@ def _scores(s, p, j, bias, slope, x, low, high, scale, softcap, SOFTCAP: tl.cons
 
 
 @triton.jit
-def _keep(seed_ptr, i, start, row, threshold, BLOCK_N: tl.constexpr):
+def keep_mask(seed_ptr, i, start, row, threshold, BLOCK_N: tl.constexpr):
     """Dropout's mask for query rows i: [BLOCK_M] and keys start..start + BLOCK_N (start % 4 = 0) of row b·H + h.
     Philox gives four words to a counter: those of four neighbouring keys."""
     quads = start // 4 + tl.arange(0, BLOCK_N // 4)
@@ -289,7 +291,7 @@ def _keep(seed_ptr, i, start, row, threshold, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _exp2_by_fma(x):
+def exp2_by_fma(x):
     """2^x for x ≤ 0 without the special-function unit: adding 1.5·2²³ + 127 rounds x to an integer n and leaves
     n + 127, the exponent of 2^n, in the lowest bits; the fraction's power is a cubic. 2^x = 0 exactly if x ≤ −127."""
     x = tl.maximum(x, -127.0, tl.PropagateNan.ALL)
@@ -300,22 +302,22 @@ def _exp2_by_fma(x):
 
 
 @triton.jit
-def _exp2(x, BY_FMA: tl.constexpr):
+def exp2(x, BY_FMA: tl.constexpr):
     """2^x for x: [BLOCK_M, BLOCK_N]; by multiply-adds in the columns that have none of BY_FMA's bits (0: in none)."""
     e = tl.exp2(x)
     if BY_FMA:
-        e = tl.where((tl.arange(0, x.shape[1]) & BY_FMA == 0)[None, :], _exp2_by_fma(x), e)
+        e = tl.where((tl.arange(0, x.shape[1]) & BY_FMA == 0)[None, :], exp2_by_fma(x), e)
     return e
 
 
 @triton.jit
-def _probabilities(s, top, low, factor):
+def probabilities(s, top, low, factor):
     """Scores, top in their unit, low in base 2 (of infinity, P is 0) -> P = 2^((s − top) · factor − low)"""
     return tl.exp2((s - top) * factor - low)
 
 
 @triton.jit
-def _dropped(x, keep, inv_keep):
+def dropped(x, keep, inv_keep):
     if keep is None:
         return x
     else:
@@ -323,7 +325,7 @@ def _dropped(x, keep, inv_keep):
 
 
 @triton.jit
-def _grad_scores(prob, dp, delta, bias, MASKED: tl.constexpr):
+def grad_scores(prob, dp, delta, bias, MASKED: tl.constexpr):
     """dS before the softcap"""
     ds = prob * (dp - delta)
     if MASKED or bias is not None:  # 0 · NaN would let a masked value through

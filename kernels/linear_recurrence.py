@@ -1,35 +1,43 @@
-"""RWKV-6's (and -5's) and RWKV-7's WKV in Triton: a matrix per head, S: [K, V], whose rows decay, e^w = d ≤ 1.
+"""The linear recurrence in Triton (RWKV-5, -6 and -7): a matrix per head, S: [K, V], whose rows decay, d = e^w ≤ 1.
 
     RWKV-6  S_t = d_t∘S_{t−1} + k_t v_tᵀ;                       y_t = scale · r_tᵀ(S_{t−1} + diag(u) k_t v_tᵀ)
     RWKV-7  S_t = d_t∘S_{t−1} + b_t (a_tᵀ S_{t−1}) + k_t v_tᵀ;  y_t = scale · r_tᵀ S_t
 
-A few steps are taken one after another. Many are cut into chunks of L = 16, and a chunk with the state S before it is
+A few steps are taken one after another. Many are cut into chunks of L = CHUNK = 16, and a chunk with the state S before
+it is
 
-    y = Q S + P V;  X = A S + M V (RWKV-7);  S' = c∘S + Bᵀ X + Cᵀ V
+    y = Y_r S + V_y v;  s = Y_a S + V_s v (RWKV-7);  S ← total∘S + Z_bᵀ s + Z_kᵀ v
 
-where Q, A, B, C: [L, K], P, M: [L, L] and c: [K] do not depend on S, so that all chunks find theirs side by side. Row i
-of Q is what y_i reads S through, pulled back from step i to the chunk's start: from scale·r_i, over steps j descending,
+where Y_r, Y_a, Z_b, Z_k: [L, K], V_y, V_s: [L, L] and total: [K] do not depend on S, so that all chunks find theirs
+side by side. Row i of Y_r is what y_i reads S through, pulled back from step i to the start: from scale·r_i, over
+steps j descending,
 
-    P_ij = q·k_j;  q ← d_j∘q + (q·b_j) a_j    (RWKV-6: P_ii = Σ q u k_i and no a, and only steps j < i pull back)
+    V_y[i,j] = y_r·k_j;  y_r ← d_j∘y_r + (y_r·b_j) a_j    (RWKV-6: V_y[i,i] = Σ y_r u k_i and no a, and only j < i pull)
 
-and A and M come from a_i in the same way over j < i. B and C are b_j and k_j damped by all steps after j, c is the
-whole chunk's decay. This is the recurrence read backwards: products of decays only, never a quotient of them, and no
-system of equations to solve.
+and Y_a and V_s come from a_i in the same way over j < i. Z_b and Z_k are b_j and k_j damped by all steps after j, total
+is the whole chunk's decay. This is the recurrence read backwards: products of decays only, never a quotient of them,
+and no system of equations to solve.
+
+  symbol                   variable
+  r, w, k, v, u, a, b, S   the same; d for e^w. Y_r, Y_a, V_y, V_s, s: y_r, y_a, v_y, v_s, s
+  Z_k, Z_b                 k · after, b · after
+  step, channel of K, column of V                              i or t, e, n
 
   kernel      a program owns                 reads                               writes
   _recurrent  BLOCK_V columns of a head's S  everything, a step at a time        y, the last state, checkpoints
-  _scores     one chunk of one head          r, w, k, a, b of the chunk          Q, C, A, B; P, M; c
+  _scores     one chunk of one head          r, w, k, a, b of the chunk          Y_r, Z_k, Y_a, Z_b; V_y, V_s; total
   _chunks     BLOCK_V columns of a head's S  those and v, a chunk at a time      y, the last state, checkpoints
 
-S is held as Sᵀ, the left operand of every product, so that a tile of it is at once what the next chunk reads.
+S is held as Sᵀ: that is the left operand of every product, so a product's result enters the next chunk as it is.
 """
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-CHUNK = tl.constexpr(16)  # L, the steps of a chunk
-SAVED = tl.constexpr(32)  # steps from one checkpoint to the next
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
+from .target import INTERPRETED, padded
+from .tiles import LOG2E, split_bf16
+
+CHUNK = tl.constexpr(16)  # L, the steps that a program takes at once
+SAVED = tl.constexpr(32)  # steps from one saved state to the next
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -63,33 +71,8 @@ def _put(tile, column, valid, j):
 # operands come split from _scores and what a product gives need not be rearranged to enter the next one.
 
 @triton.jit
-def _to_bf16(x):
-    """x rounded to bf16; in the interpreter, which has none, to such a number in fp32"""
-    if INTERPRETED:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        return (bits + 0x7FFF + (bits >> 16 & 1) & -65536).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.bfloat16)
-
-
-@triton.jit
-def _split(x, DTYPE: tl.constexpr, COUNT: tl.constexpr):
-    """x as a sum of two or three bf16 numbers, largest first; just x in DTYPE if COUNT is 1"""
-    if COUNT == 1:
-        return (x.to(DTYPE),)
-    else:
-        first = _to_bf16(x)
-        x -= first.to(x.dtype)
-        second = _to_bf16(x)
-        if COUNT == 2:
-            return first, second
-        else:
-            return first, second, _to_bf16(x - second.to(x.dtype))
-
-
-@triton.jit
 def _store_pieces(ptrs, x, LENGTH: tl.constexpr, COUNT: tl.constexpr):
-    pieces = _split(x, ptrs.dtype.element_ty, COUNT)
+    pieces = split_bf16(x, ptrs.dtype.element_ty, COUNT)
     for n in tl.static_range(COUNT):
         tl.store(ptrs + n * LENGTH, pieces[n])
 
@@ -121,10 +104,10 @@ def _product(x, y, acc, COUNT: tl.constexpr, LARGEST: tl.constexpr = 0):
 def _scores(
         r_ptr, w_ptr, k_ptr, u_ptr, a_ptr, b_ptr, rows_ptr, pairs_ptr, decays_ptr, scale, T, chunks, H, K,
         READ: tl.constexpr, FEED: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """rows: [B·H, chunks, pieces of Q, C, A, B, L, BLOCK_K]; pairs: [B·H, chunks, pieces of P, M, L, L], READ of Q and
-    P, FEED of the others, zeros beyond K; decays: [B·H, chunks, BLOCK_K] in Acc"""
+    """rows: [B·H, chunks, pieces of Y_r, Z_k, Y_a, Z_b, L, BLOCK_K]; pairs: [B·H, chunks, pieces of V_y, V_s, L, L],
+    READ of Y_r and V_y, FEED of the others, zeros beyond K; decays: [B·H, chunks, BLOCK_K] in Acc"""
     ACC: tl.constexpr = w_ptr.dtype.element_ty
-    SEVEN: tl.constexpr = a_ptr is not None
+    CORRECTED: tl.constexpr = a_ptr is not None
     LENGTH: tl.constexpr = CHUNK * BLOCK_K
     AREA: tl.constexpr = CHUNK * CHUNK
     place = tl.program_id(0).to(tl.int64)
@@ -138,16 +121,16 @@ def _scores(
 
     i = tl.arange(0, CHUNK)[:, None]
     e = tl.max_contiguous(tl.arange(0, BLOCK_K), 4)[None, :]  # one layout whatever the dtype: no exchange in the loop
-    rows = rows_ptr + place * ((READ + (3 if SEVEN else 1) * FEED) * LENGTH) + i * BLOCK_K + e
-    pairs = pairs_ptr + place * ((READ + (FEED if SEVEN else 0)) * AREA) + i * CHUNK + tl.arange(0, CHUNK)[None, :]
-    q = _load(r_ptr, first + i, T, stride, e, K, EVEN).to(ACC) * scale  # [L, BLOCK_K]
-    p = tl.zeros((CHUNK, CHUNK), ACC)
+    rows = rows_ptr + place * ((READ + (3 if CORRECTED else 1) * FEED) * LENGTH) + i * BLOCK_K + e
+    pairs = pairs_ptr + place * ((READ + (FEED if CORRECTED else 0)) * AREA) + i * CHUNK + tl.arange(0, CHUNK)[None, :]
+    y_r = _load(r_ptr, first + i, T, stride, e, K, EVEN).to(ACC) * scale  # [L, BLOCK_K]
+    v_y = tl.zeros((CHUNK, CHUNK), ACC)
     after = tl.full((CHUNK, BLOCK_K), 1.0, ACC)  # the decay of the chunk's steps after one's own
-    if SEVEN:
+    if CORRECTED:
         a_ptr += start
         b_ptr += start
-        x = _load(a_ptr, first + i, T, stride, e, K, EVEN).to(ACC)  # [L, BLOCK_K]
-        m = tl.zeros((CHUNK, CHUNK), ACC)
+        y_a = _load(a_ptr, first + i, T, stride, e, K, EVEN).to(ACC)  # [L, BLOCK_K]
+        v_s = tl.zeros((CHUNK, CHUNK), ACC)
     else:
         u = _load(u_ptr, head % H, H, K, e, K, EVEN)  # [1, BLOCK_K]
     for back in range(CHUNK):
@@ -155,28 +138,28 @@ def _scores(
         t = first + j + i * 0  # the same row for all: what a thread needs of it, it loads
         d = _decay(_load(w_ptr, t, T, stride, e, K, EVEN))
         k = _load(k_ptr, t, T, stride, e, K, EVEN).to(ACC)
-        if SEVEN:
+        if CORRECTED:
             a = _load(a_ptr, t, T, stride, e, K, EVEN).to(ACC)
             b = _load(b_ptr, t, T, stride, e, K, EVEN).to(ACC)
-            p = _put(p, tl.sum(q * k, 1), i >= j, j)
-            q = tl.where(i >= j, q * d + tl.sum(q * b, 1)[:, None] * a, q)
-            m = _put(m, tl.sum(x * k, 1), i > j, j)
-            x = tl.where(i > j, x * d + tl.sum(x * b, 1)[:, None] * a, x)
+            v_y = _put(v_y, tl.sum(y_r * k, 1), i >= j, j)
+            y_r = tl.where(i >= j, y_r * d + tl.sum(y_r * b, 1)[:, None] * a, y_r)
+            v_s = _put(v_s, tl.sum(y_a * k, 1), i > j, j)
+            y_a = tl.where(i > j, y_a * d + tl.sum(y_a * b, 1)[:, None] * a, y_a)
         else:
-            p = _put(p, tl.sum(q * tl.where(i == j, u * k, k), 1), i >= j, j)
-            q = tl.where(i > j, q * d, q)
+            v_y = _put(v_y, tl.sum(y_r * tl.where(i == j, u * k, k), 1), i >= j, j)
+            y_r = tl.where(i > j, y_r * d, y_r)
         after = tl.where(i < j, after * d, after)
         if back == CHUNK - 1:
             tl.store(decays_ptr + place * BLOCK_K + e + i * 0, after * d, mask=i == 0)
-    _store_pieces(rows, q, LENGTH, READ)
-    _store_pieces(pairs, p, AREA, READ)
+    _store_pieces(rows, y_r, LENGTH, READ)
+    _store_pieces(pairs, v_y, AREA, READ)
     k = _load(k_ptr, first + i, T, stride, e, K, EVEN).to(ACC)
     _store_pieces(rows + READ * LENGTH, k * after, LENGTH, FEED)
-    if SEVEN:
-        _store_pieces(rows + (READ + FEED) * LENGTH, x, LENGTH, FEED)
+    if CORRECTED:
+        _store_pieces(rows + (READ + FEED) * LENGTH, y_a, LENGTH, FEED)
         b = _load(b_ptr, first + i, T, stride, e, K, EVEN).to(ACC)
         _store_pieces(rows + (READ + 2 * FEED) * LENGTH, b * after, LENGTH, FEED)
-        _store_pieces(pairs + READ * AREA, m, AREA, FEED)
+        _store_pieces(pairs + READ * AREA, v_s, AREA, FEED)
 
 
 # ---- one after another -----------------------------------------------------------------------------------------------
@@ -201,7 +184,7 @@ def _save(checkpoints_ptr, at, inside, S, t, heads, K, V):
 @triton.jit(do_not_specialize=["T", "chunks", "heads"])
 def _chunks(
         v_ptr, rows_ptr, pairs_ptr, decays_ptr, state_ptr, y_ptr, final_ptr, checkpoints_ptr, T, chunks, heads, H, K, V,
-        SEVEN: tl.constexpr, READ: tl.constexpr, FEED: tl.constexpr, VALUE: tl.constexpr, EVEN: tl.constexpr,
+        CORRECTED: tl.constexpr, READ: tl.constexpr, FEED: tl.constexpr, VALUE: tl.constexpr, EVEN: tl.constexpr,
         BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
     """rows, pairs, decays: see _scores; heads: B·H; VALUE: pieces of v; EVEN: V needs no masks"""
     ACC: tl.constexpr = final_ptr.dtype.element_ty
@@ -220,35 +203,35 @@ def _chunks(
     tile_t = i[None, :] * BLOCK_K + e[:, None]  # [BLOCK_K, L] of what is stored as [L, BLOCK_K]
     pair_t = i[None, :] * CHUNK + i[:, None]
     decays_ptr += head * chunks * BLOCK_K + e
-    c = tl.load(decays_ptr)
+    total = tl.load(decays_ptr)
     S = _load_state(state_ptr, at, inside, ACC)  # [BLOCK_V, BLOCK_K]
     for chunk in range(chunks):
         if checkpoints_ptr is not None:
             _save(checkpoints_ptr, at, inside, S, chunk * CHUNK, heads, K, V)
         place = head * chunks + chunk
-        rows = rows_ptr + place * ((READ + (3 if SEVEN else 1) * FEED) * LENGTH)
-        pairs = pairs_ptr + place * ((READ + (FEED if SEVEN else 0)) * AREA) + pair_t
+        rows = rows_ptr + place * ((READ + (3 if CORRECTED else 1) * FEED) * LENGTH)
+        pairs = pairs_ptr + place * ((READ + (FEED if CORRECTED else 0)) * AREA) + pair_t
         t = (i + chunk * CHUNK)[None, :]
         v = _load(v_ptr + start, t, T, H * V, n[:, None], V, EVEN)  # [BLOCK_V, L]
-        v = _split(v if VALUE == 1 else v.to(ACC), DTYPE, VALUE)
-        before = _split(S, DTYPE, FEED)
+        v = split_bf16(v if VALUE == 1 else v.to(ACC), DTYPE, VALUE)
+        before = split_bf16(S, DTYPE, FEED)
         y = tl.zeros((BLOCK_V, CHUNK), ACC)
         y = _product(v, _load_pieces(pairs, AREA, READ), y, READ)  # [BLOCK_V, L]
         y = _product(before, _load_pieces(rows + tile_t, LENGTH, READ), y, READ)  # [BLOCK_V, L]
         rows += READ * LENGTH
-        S *= c[None, :]
-        c = tl.load(decays_ptr + tl.minimum(chunk + 1, chunks - 1) * BLOCK_K)  # needed at once in the next pass
+        S *= total[None, :]
+        total = tl.load(decays_ptr + tl.minimum(chunk + 1, chunks - 1) * BLOCK_K)  # needed at once in the next pass
         S = _product(v, _load_pieces(rows + tile, LENGTH, FEED), S, FEED)  # [BLOCK_V, BLOCK_K]
-        if SEVEN:
+        if CORRECTED:
             rows += FEED * LENGTH
-            a = _load_pieces(rows + tile_t, LENGTH, FEED)
-            x = tl.zeros((BLOCK_V, CHUNK), ACC)
-            low = _product(v, _load_pieces(pairs + READ * AREA, AREA, FEED), x, FEED)  # [BLOCK_V, L]
-            low = _product(before, a, low, FEED, FEED - 1)  # [BLOCK_V, L]
-            x = _product(before, a, x, FEED - 1)  # [BLOCK_V, L], beside it: all else waits for them
+            y_a = _load_pieces(rows + tile_t, LENGTH, FEED)
+            s = tl.zeros((BLOCK_V, CHUNK), ACC)
+            low = _product(v, _load_pieces(pairs + READ * AREA, AREA, FEED), s, FEED)  # [BLOCK_V, L]
+            low = _product(before, y_a, low, FEED, FEED - 1)  # [BLOCK_V, L]
+            s = _product(before, y_a, s, FEED - 1)  # [BLOCK_V, L], beside it: all else waits for them
             rows += FEED * LENGTH
-            x = _split(x + low, DTYPE, FEED)
-            S = _product(x, _load_pieces(rows + tile, LENGTH, FEED), S, FEED)  # [BLOCK_V, BLOCK_K]
+            s = split_bf16(s + low, DTYPE, FEED)
+            S = _product(s, _load_pieces(rows + tile, LENGTH, FEED), S, FEED)  # [BLOCK_V, BLOCK_K]
         mask = t < T if EVEN else (t < T) & (n < V)[:, None]
         ptrs = y_ptr + start + tl.cast(t, tl.int64) * (H * V) + n[:, None]
         tl.store(ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -309,7 +292,7 @@ CONFIGS = {
 
 def _config(kernel, K):
     """-> BLOCK_K, launch options"""
-    block_k = max(16, triton.next_power_of_2(K))
+    block_k = padded(K)
     if INTERPRETED:
         return block_k, {}
     if kernel == "recurrent":
@@ -324,7 +307,7 @@ def _pieces(like, exact):
     """-> an empty tensor in the pieces' dtype, their number in what y is read through, in what S depends on, in v"""
     if exact.dtype.itemsize == 8:
         return exact.new_empty(0), 1, 1, 1
-    piece = exact.new_empty(0) if INTERPRETED else exact.new_empty(0).bfloat16()  # see _to_bf16
+    piece = exact.new_empty(0) if INTERPRETED else exact.new_empty(0).bfloat16()  # see to_bf16
     if like.dtype.itemsize == 4:
         return piece, 3, 3, 3
     return piece, 2, 3, 1 if like.dtype == piece.dtype else 2
@@ -338,7 +321,7 @@ def forward(r, w, k, v, u, a, b, state, scale, y, final, checkpoints):
     """Writes y, final and checkpoints (if it has any) from contiguous tensors; their shapes are in the op's file.
     u makes it RWKV-6, a and b RWKV-7."""
     B, T, H, K = r.shape
-    V, L, seven = v.shape[3], CHUNK.value, a is not None
+    V, L, corrected = v.shape[3], CHUNK.value, a is not None
     saved = checkpoints if checkpoints.shape[0] else None
     if B * H * V == 0:
         return
@@ -352,12 +335,12 @@ def forward(r, w, k, v, u, a, b, state, scale, y, final, checkpoints):
     chunks = triton.cdiv(T, L)
     piece, read, feed, value = _pieces(r, w)
     block_k, options = _config("scores", K)
-    rows = piece.new_empty(B * H, chunks, read + (3 if seven else 1) * feed, L, block_k)
-    pairs = piece.new_empty(B * H, chunks, read + (feed if seven else 0), L, L)
+    rows = piece.new_empty(B * H, chunks, read + (3 if corrected else 1) * feed, L, block_k)
+    pairs = piece.new_empty(B * H, chunks, read + (feed if corrected else 0), L, L)
     decays = w.new_empty(B * H, chunks, block_k)
     _scores[(B * H * chunks,)](
         r, w, k, u, a, b, rows, pairs, decays, scale, T, chunks, H, K, read, feed, K == block_k, block_k, **options)
     block_k, options = _config("chunks half" if r.dtype.itemsize == 2 else "chunks fp32", K)
     _chunks[(programs,)](
-        v, rows, pairs, decays, state, y, final, saved, T, chunks, B * H, H, K, V, seven, read, feed, value,
+        v, rows, pairs, decays, state, y, final, saved, T, chunks, B * H, H, K, V, corrected, read, feed, value,
         V % BLOCK_V == 0, block_k, BLOCK_V, **options)

@@ -21,9 +21,11 @@ bit of the column, all four land in one thread's registers and no exchange is ne
 import triton
 import triton.language as tl
 
+from .target import INTERPRETED, is_amd
+from .tiles import LOG2E
+
 LSTM, GRU, RNN_TANH, RNN_RELU = (tl.constexpr(cell) for cell in range(4))
 INPUT, HIDDEN, SAVED = (tl.constexpr(part) for part in range(3))
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # ---- cells: [BLOCK_B, BLOCK_H] each ----------------------------------------------------------------------------------
@@ -430,8 +432,6 @@ def _step_backward(
 
 # ---- launches --------------------------------------------------------------------------------------------------------
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
-
 # {family: {kernel: (BLOCK_B, BLOCK_H, BLOCK_K, num_warps, num_stages) for up to 16, 64 and more sequences}}. Shared
 # memory limits a step. By the static audit blocks twice as wide in H would raise a block's share of the tensor peak
 # (bf16, up to 16 sequences: .29 to .36 on sm_80, .14 to .18 on sm_90; up to 64: .67 to .73, .50 to .57), but halve the
@@ -446,11 +446,11 @@ CONFIGS = {
 
 def _config(kernel, like, B, K):
     """-> BLOCK_B, BLOCK_H, BLOCK_K, whether that divides all of K, launch options"""
-    if INTERPRETED:  # any size is right there: small ones meet more edges on small inputs
+    if INTERPRETED:
         return 16, 32, 16, all(k % 16 == 0 for k in K), {}
     table = CONFIGS["half" if like.dtype.itemsize == 2 else "fp32"][kernel]
     block_b, block_h, block_k, warps, stages = table[0 if B <= 16 else 1 if B <= 64 else 2]
-    if triton.runtime.driver.active.get_current_target().backend == "hip":  # with 64 lanes, eight would load 4 bytes
+    if is_amd():  # with 64 lanes, eight would load 4 bytes
         warps = min(warps, 4)
     return block_b, block_h, block_k, all(k % block_k == 0 for k in K), {"num_warps": warps, "num_stages": stages}
 

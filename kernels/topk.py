@@ -19,6 +19,8 @@ Sorting is bitonic, on tiles seen as hypercubes: the partner in a comparison is 
 import triton
 import triton.language as tl
 
+from .target import INTERPRETED, target, units
+
 # ---- pairs (s, j): a score's order and its key's index, integers as wide as the score --------------------------------
 
 @triton.constexpr_function
@@ -287,15 +289,8 @@ def _merge(
 
 # ---- launches --------------------------------------------------------------------------------------------------------
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
-
-WIDEST = 4096  # pairs that a merge holds in registers
-AT_ONCE = 2**15 if INTERPRETED else 2**24  # pairs of scratch memory that a launch has for its queries
-
-# Multiprocessors of the usual part of each target, which decide how far the keys are split.
-MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
-                   "gfx90a": 104, "gfx942": 304, "gfx950": 256}
-
+MERGED_PAIRS = 4096  # that a merge holds in registers
+SCRATCH_PAIRS = 2**15 if INTERPRETED else 2**24  # pairs of scratch memory that a launch has for its queries
 
 # Where eight warps take exact fp32 tiles of 32 queries: by the static audit the share of the multiply-adds' peak goes
 # from .81 to .86 on sm_80 and from .38 to .47 on sm_100 and sm_120 (128 numbers a key), twice as many warps are
@@ -304,17 +299,10 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_10
 EIGHT_WARPS = {"sm_80", "sm_100", "sm_120"}
 
 
-def _target():
-    if INTERPRETED:
-        return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else target.arch.split(":")[0]
-
-
 def _plan(N, H, M, D, k, size):
     """-> (splits, constants and options of _search), for N queries and M keys of D numbers of `size` bytes"""
     K = max(2, triton.next_power_of_2(k))
-    if INTERPRETED:  # any size is right there: small ones meet more edges on small inputs
+    if INTERPRETED:
         block_m, block_n, block_d = 1 if N == 1 else max(16, min(triton.next_power_of_2(N), 64)), 32, 64
         chunk, group, pairs, warps, stages = 32, 128, 64 * 32, 4, 1
     elif N == 1:  # products stay in registers, and wide loads go there at once
@@ -323,19 +311,19 @@ def _plan(N, H, M, D, k, size):
     else:
         block_m = max(16, min(triton.next_power_of_2(N), 64 if size == 2 and K <= 64 else 32))
         block_n, block_d = 64, 256 if size == 2 else 128
-        eight = size == 4 and block_m == 32 and K <= 256 and _target() in EIGHT_WARPS
+        eight = size == 4 and block_m == 32 and K <= 256 and target() in EIGHT_WARPS
         warps = 8 if block_m == 64 or eight else 4
         chunk, group, pairs, stages = 128, 512, 128 * warps, 3 if size == 2 else 2
     chunk = max(chunk, K)
     block_d = max(16, min(triton.next_power_of_2(D), block_d))
     programs = H * triton.cdiv(N, block_m)
-    wanted = triton.cdiv(2 * MULTIPROCESSORS.get(_target(), 4), programs)
+    wanted = triton.cdiv(2 * units(), programs)
     shortest = max(32, K) if INTERPRETED else max(512, 4 * K)  # a split reports K candidates, whatever its share
     splits = max(1, min(wanted, M // shortest))
     options = {"D": D, "BLOCK_D": block_d, "K": K, "GROUP": max(group, chunk), "CHUNK": chunk,
                "ROWS": min(block_m, max(1, pairs // chunk)), "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages,
                "num_warps": warps}
-    if _target().startswith("sm_"):  # without a limit ptxas finds one that it likes better and spills to meet it
+    if target().startswith("sm_"):  # without a limit ptxas finds one that it likes better and spills to meet it
         options["maxnreg"] = 128 if (N == 1 and K <= 256) or (size == 4 and warps == 8) else 248
     return splits, options
 
@@ -348,9 +336,9 @@ def rows_of(width):
 def _width(K, splits):
     """Pairs of a query that a merge joins at once; few numbers, so that a growing M compiles few kernels"""
     width = K if splits == 1 else 8 * max(K, 8)
-    while width < min(K * splits, WIDEST):
+    while width < min(K * splits, MERGED_PAIRS):
         width *= 8
-    return min(width, max(K, WIDEST))
+    return min(width, max(K, MERGED_PAIRS))
 
 
 def search(query, keys, scale, scores, indices):
@@ -361,7 +349,7 @@ def search(query, keys, scale, scores, indices):
     N, H, k = scores.shape
     if not N * H:
         return
-    most = max(1, AT_ONCE // (H * (640 + 3 * k)))
+    most = max(1, SCRATCH_PAIRS // (H * (640 + 3 * k)))
     for first in range(0, N, most):
         some = slice(first, first + most)
         _search_some(query[some], keys, scale, scores[some], indices[some])

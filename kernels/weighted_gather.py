@@ -18,6 +18,8 @@ lot adds in order and the lots' sums are added in order: nothing is atomic, and 
 import triton
 import triton.language as tl
 
+from .target import INTERPRETED, lanes
+
 
 @triton.jit
 def _columns(block, dv, EVEN: tl.constexpr, BLOCK: tl.constexpr):
@@ -156,19 +158,13 @@ def _join(
 
 # ---- launches --------------------------------------------------------------------------------------------------------
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
-
-ENOUGH = 264  # programs of one warp that keep a GPU busy; fewer take four warps each, side by side over rows
-HITS = 16 if INTERPRETED else 32  # of a lot
-
-
-def _lanes():
-    return 64 if triton.runtime.driver.active.get_current_target().backend == "hip" else 32
+ENOUGH_PROGRAMS = 264  # of one warp that keep a GPU busy; fewer take four warps each, side by side over rows
+HITS = 16 if INTERPRETED else 32  # hits of a lot
 
 
 def _block(dv, itemsize):
     """-> EVEN, BLOCK: 16 bytes a lane of one warp, or all columns where these are fewer"""
-    block = 64 if INTERPRETED else _lanes() * 16 // itemsize
+    block = 64 if INTERPRETED else lanes() * 16 // itemsize
     block = min(block, triton.next_power_of_2(max(dv, 1)))
     return {"EVEN": dv % block == 0, "BLOCK": block}
 
@@ -185,7 +181,7 @@ def forward(values, indices, weights, out):
         return
     options = _block(dv, values.dtype.itemsize)
     programs = N * G * triton.cdiv(dv, options["BLOCK"])
-    warps = 1 if programs >= ENOUGH or INTERPRETED else 4
+    warps = 1 if programs >= ENOUGH_PROGRAMS or INTERPRETED else 4
     _forward[(programs,)](
         values, indices, weights, out, G, k, M, dv, *_strides(values), **options, ROWS=8 * warps, num_warps=warps)
 

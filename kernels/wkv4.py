@@ -6,20 +6,20 @@
               gv = s + e ga;  gk = x + e(ga v + gb) [+ r if k > pp + w];  gu += x
               gw += f(ga aa + gb bb) [+ r if not];  ga, gb = z + f ga, f gb − z y;  r goes on if not k > pp + w
 
-A program owns BLOCK channels of one sequence through one chunk of `steps` time steps:
+A program owns BLOCK channels of one sequence through one segment of `steps` time steps:
 
-  kernel        reads                                       writes
-  _forward      its state before the chunk; k, v once       y, the state every 32 steps, the last chunk's final state
-                (y_ptr None: nothing; k, v)                 (what the chunk makes of an empty state)
-  _scan         what the chunks make of an empty state      the state before each chunk
-  _grad_local   k, v, gy; the saved state before the chunk  (ga, gb) that the chunk's own y send to its start, the
-                                                            factor on those from after it, whether r passes
-  _grad_scan    what _grad_local wrote; grad_state          (ga, gb, r) after each chunk
-  _backward     k, v twice (the second time from a cache),  gk, gv, its sums of gw and gu, the first chunk's
-                gy; saved states; (ga, gb, r) after it      gradient of the initial state
-  _total        all sums of gw and gu                       gw, gu
+  kernel        reads                                         writes
+  _forward      its state before the segment; k, v once       y, the state every 32 steps, the last segment's last state
+                (y_ptr None: nothing; k, v)                   (what the segment makes of an empty state)
+  _scan         what the segments make of an empty state      the state before each segment
+  _grad_local   k, v, gy; the saved state before the segment  (ga, gb) that the segment's own y send to its start, the
+                                                              factor on those from after it, whether r passes
+  _grad_scan    what _grad_local wrote; grad_state            (ga, gb, r) after each segment
+  _backward     k, v twice (the second time from a cache),    gk, gv, its sums of gw and gu, the first segment's
+                gy; saved states; (ga, gb, r) after it        gradient of the initial state
+  _total        all sums of gw and gu                         gw, gu
 
-`schedule` makes one chunk of all T where sequences and channels alone fill a GPU; else chunks run side by side and
+`schedule` makes one segment of all T where sequences and channels alone fill a GPU; else segments run side by side and
 _scan joins them, for 5/3 of the traffic. Of each pair of exponentials one is e⁰, so a step takes two. _backward goes
 through 32 steps in groups of STEPS: first over all, leaving the state before each group in scratch memory that no
 other program sees, then for each group, last to first, forward with all its states in registers, and back.
@@ -29,7 +29,9 @@ import math
 import triton
 import triton.language as tl
 
-CHUNK = 32  # steps from one saved state to the next
+from .target import INTERPRETED, lanes
+
+SAVED = 32  # steps from one saved state to the next
 EMPTY = tl.constexpr(-1e38)  # pp of a state that has seen nothing, as the caller sees it; inside it is LOWEST
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
 ABSENT = tl.constexpr(float("-inf"))  # k of a step past the end
@@ -73,13 +75,13 @@ def _mean(aa, bb, pp, k, v, u):
 
 @triton.jit
 def _place(first, B, T, C, steps, BLOCK: tl.constexpr):
-    """-> (chunk, sequence, its first step, the step after its last, channels)"""
+    """-> (segment, sequence, its first step, the step after its last, channels)"""
     blocks = tl.cdiv(C, BLOCK)
     program = tl.program_id(0)
     c = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    chunk = first + program // blocks // B
-    start = chunk * steps
-    return chunk, (program // blocks % B).to(tl.int64), start, tl.minimum(start + steps, T), c
+    segment = first + program // blocks // B
+    start = segment * steps
+    return segment, (program // blocks % B).to(tl.int64), start, tl.minimum(start + steps, T), c
 
 
 @triton.jit
@@ -153,23 +155,23 @@ def _state(ptr, row, C, c, inside, w):
 @triton.jit(do_not_specialize=["B", "T", "steps"])
 def _forward(
         w_ptr, u_ptr, k_ptr, v_ptr, state_ptr, y_ptr, final_ptr, checkpoints_ptr, B, T, C, steps, FULL: tl.constexpr,
-        EVEN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr):
-    """state_ptr: the state before each chunk: [chunks, B, 3, C], or None. final_ptr: [B, 3, C]; without y_ptr
-    [chunks, B, 3, C], what each chunk makes of an empty state. checkpoints_ptr: None or [⌈T/32⌉, B, 3, C]. FULL: all
-    chunks are multiples of STEPS and there is one. The next STEPS rows are loaded while these are computed."""
+        EVEN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, SAVED: tl.constexpr):
+    """state_ptr: the state before each segment: [segments, B, 3, C], or None. final_ptr: [B, 3, C]; without y_ptr
+    [segments, B, 3, C], what each makes of an empty state. checkpoints_ptr: None or [⌈T/32⌉, B, 3, C]. FULL: all
+    segments are multiples of STEPS and there is one. The next STEPS rows are loaded while these are computed."""
     ACC: tl.constexpr = w_ptr.dtype.element_ty
-    chunk, b, start, stop, c = _place(0, B, T, C, steps, BLOCK)
+    segment, b, start, stop, c = _place(0, B, T, C, steps, BLOCK)
     inside = None if EVEN else c < C
     w, u = _load(w_ptr + c, inside, None, 0), _load(u_ptr + c, inside, None, 0)
-    aa, bb, pp = _state(state_ptr, chunk * B + b, C, c, inside, w)
+    aa, bb, pp = _state(state_ptr, segment * B + b, C, c, inside, w)
     row = b * T
 
     ks = _load_steps(k_ptr + (row + start) * C + c, start, stop, C, inside, FULL, STEPS)
     vs = _load_steps(v_ptr + (row + start) * C + c, start, stop, C, inside, FULL, STEPS)
     for t in range(start, stop, STEPS):
         if checkpoints_ptr is not None:
-            if t % CHUNK == 0:
-                _store_three(checkpoints_ptr, t // CHUNK * B + b, C, c, inside, aa, bb, pp)
+            if t % SAVED == 0:
+                _store_three(checkpoints_ptr, t // SAVED * B + b, C, c, inside, aa, bb, pp)
         ahead = tl.minimum(t + STEPS, stop - STEPS) if FULL else t + STEPS
         next_ks = _load_steps(k_ptr + (row + ahead) * C + c, ahead, stop, C, inside, FULL, STEPS)
         next_vs = _load_steps(v_ptr + (row + ahead) * C + c, ahead, stop, C, inside, FULL, STEPS)
@@ -183,28 +185,28 @@ def _forward(
         ks, vs = next_ks, next_vs
 
     if y_ptr is None:
-        _store_three(final_ptr, chunk * B + b, C, c, inside, aa, bb, pp)
+        _store_three(final_ptr, segment * B + b, C, c, inside, aa, bb, pp)
     elif stop == T:
         _store_three(final_ptr, b, C, c, inside, aa, bb, tl.where(bb == 0, EMPTY, pp))
 
 
-@triton.jit(do_not_specialize=["B", "chunks", "steps"])
+@triton.jit(do_not_specialize=["B", "segments", "steps"])
 def _scan(
-        w_ptr, state_ptr, chunks_ptr, B, C, chunks, steps, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+        w_ptr, state_ptr, segments_ptr, B, C, segments, steps, EVEN: tl.constexpr, BLOCK: tl.constexpr,
         STEPS: tl.constexpr):
-    """chunks_ptr: [chunks, B, 3, C], what each but the last makes of an empty state; becomes the state before each."""
+    """segments_ptr: [segments, B, 3, C]: what each but the last makes of an empty state becomes that before each."""
     _, b, _, _, c = _place(0, B, 0, C, 0, BLOCK)
     inside = None if EVEN else c < C
     w = _load(w_ptr + c, inside, None, 0)
     shift = w * steps
     aa, bb, pp = _state(state_ptr, b, C, c, inside, w)
-    for first in range(0, chunks, STEPS):
+    for first in range(0, segments, STEPS):
         found = ()
         for i in tl.static_range(STEPS):
-            found = found + (_three(chunks_ptr, tl.minimum(first + i, chunks - 2) * B + b, C, c, inside),)
+            found = found + (_three(segments_ptr, tl.minimum(first + i, segments - 2) * B + b, C, c, inside),)
         for i in tl.static_range(STEPS):
-            if first + i < chunks:
-                _store_three(chunks_ptr, (first + i) * B + b, C, c, inside, aa, bb, pp)
+            if first + i < segments:
+                _store_three(segments_ptr, (first + i) * B + b, C, c, inside, aa, bb, pp)
             before = _finite(pp + shift)
             f, e = _factors(before, found[i][2])
             aa, bb = f * aa + e * found[i][0], f * bb + e * found[i][1]
@@ -223,17 +225,17 @@ def _beyond(grad_aa, grad_bb, grad_pp, aa, bb):
 @triton.jit(do_not_specialize=["B", "T", "steps"])
 def _grad_local(
         grad_y_ptr, grad_state_ptr, w_ptr, u_ptr, k_ptr, v_ptr, checkpoints_ptr, local_ptr, B, T, C, steps,
-        FULL: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr):
-    """local_ptr: [chunks, B, 4, C] for every chunk but the first: ga, gb, the factor, and 1 where r passes through all
-    steps, else 0; in the last chunk, the r that comes out of it.
+        FULL: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, SAVED: tl.constexpr):
+    """local_ptr: [segments, B, 4, C] of each but the first: ga, gb, the factor, and 1 where r passes through all
+    steps, else 0; in the last segment, the r that comes out of it.
 
-    The steps run forward: with F = Π f over the chunk's steps before t, which is e^{pp_start + nw − pp} ≤ 1,
+    The steps run forward: with F = Π f over the segment's steps before t, which is e^{pp_start + nw − pp} ≤ 1,
     ga = Σ F z and gb = −Σ F z y."""
     ACC: tl.constexpr = w_ptr.dtype.element_ty
-    chunk, b, start, stop, c = _place(1, B, T, C, steps, BLOCK)
+    segment, b, start, stop, c = _place(1, B, T, C, steps, BLOCK)
     inside = None if EVEN else c < C
     w, u = _load(w_ptr + c, inside, None, 0), _load(u_ptr + c, inside, None, 0)
-    aa, bb, pp = _state(checkpoints_ptr, start // CHUNK * B + b, C, c, inside, w)
+    aa, bb, pp = _state(checkpoints_ptr, start // SAVED * B + b, C, c, inside, w)
     row = b * T
     ga, gb = tl.zeros_like(w), tl.zeros_like(w)
     factor = ga + 1
@@ -261,18 +263,18 @@ def _grad_local(
         if stop == T:
             grad_aa, grad_bb, grad_pp = _three(grad_state_ptr, b, C, c, inside)
             passes = tl.where(passes > 0, _beyond(grad_aa, grad_bb, grad_pp, aa, bb), 0.0)
-    ptrs = local_ptr + (chunk * B + b) * (4 * C) + c
+    ptrs = local_ptr + (segment * B + b) * (4 * C) + c
     _store(ptrs, ga, inside, None)
     _store(ptrs + C, gb, inside, None)
     _store(ptrs + 2 * C, factor, inside, None)
     _store(ptrs + 3 * C, passes, inside, None)
 
 
-@triton.jit(do_not_specialize=["B", "chunks"])
+@triton.jit(do_not_specialize=["B", "segments"])
 def _grad_scan(
-        grad_state_ptr, local_ptr, after_ptr, B, C, chunks, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+        grad_state_ptr, local_ptr, after_ptr, B, C, segments, EVEN: tl.constexpr, BLOCK: tl.constexpr,
         STEPS: tl.constexpr):
-    """after_ptr: [chunks, B, 3, C]: ga, gb, r after each chunk; of the last, grad_state itself."""
+    """after_ptr: [segments, B, 3, C]: ga, gb, r after each segment; of the last, grad_state itself."""
     _, b, _, _, c = _place(0, B, 0, C, 0, BLOCK)
     inside = None if EVEN else c < C
     if grad_state_ptr is None:
@@ -280,49 +282,49 @@ def _grad_scan(
         gb, r = ga, ga
     else:
         ga, gb, r = _three(grad_state_ptr, b, C, c, inside)
-    _store_three(after_ptr, (chunks - 1) * B + b, C, c, inside, ga, gb, r)
-    for back in range(0, chunks - 1, STEPS):
+    _store_three(after_ptr, (segments - 1) * B + b, C, c, inside, ga, gb, r)
+    for back in range(0, segments - 1, STEPS):
         found = ()
         for i in tl.static_range(STEPS):
-            row = tl.maximum(chunks - 1 - back - i, 1) * B + b
+            row = tl.maximum(segments - 1 - back - i, 1) * B + b
             ptrs = local_ptr + row * (4 * C) + c
             found = found + ((_load(ptrs, inside, None, 0), _load(ptrs + C, inside, None, 0),
                               _load(ptrs + 2 * C, inside, None, 0), _load(ptrs + 3 * C, inside, None, 0)),)
         for i in tl.static_range(STEPS):
-            chunk = chunks - 1 - back - i
+            segment = segments - 1 - back - i
             ga = found[i][0] + found[i][2] * ga
             gb = found[i][1] + found[i][2] * gb
-            r = tl.where(chunk == chunks - 1, found[i][3], tl.where(found[i][3] > 0, r, 0.0))
-            if chunk > 0:
-                _store_three(after_ptr, (chunk - 1) * B + b, C, c, inside, ga, gb, r)
+            r = tl.where(segment == segments - 1, found[i][3], tl.where(found[i][3] > 0, r, 0.0))
+            if segment > 0:
+                _store_three(after_ptr, (segment - 1) * B + b, C, c, inside, ga, gb, r)
 
 
 @triton.jit(do_not_specialize=["B", "T", "steps"])
 def _backward(
         grad_y_ptr, after_ptr, w_ptr, u_ptr, k_ptr, v_ptr, state_ptr, checkpoints_ptr, scratch_ptr, grad_k_ptr,
         grad_v_ptr, grad_initial_ptr, sums_ptr, B, T, C, steps, R: tl.constexpr, FULL: tl.constexpr,
-        EVEN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr):
-    """after_ptr: [chunks, B, 3, C], (ga, gb, r) after each chunk, of the last (ga, gb, gradient of pp), or None. R:
-    there is an r. scratch_ptr: [programs, 32 / STEPS, 3, BLOCK]. sums_ptr: [chunks, B, 2, C]."""
+        EVEN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, SAVED: tl.constexpr):
+    """after_ptr: [segments, B, 3, C], (ga, gb, r) after each segment, of the last (ga, gb, gradient of pp), or None. R:
+    there is an r. scratch_ptr: [programs, 32 / STEPS, 3, BLOCK]. sums_ptr: [segments, B, 2, C]."""
     ACC: tl.constexpr = w_ptr.dtype.element_ty
-    chunk, b, start, stop, c = _place(0, B, T, C, steps, BLOCK)
+    segment, b, start, stop, c = _place(0, B, T, C, steps, BLOCK)
     inside = None if EVEN else c < C
     w, u = _load(w_ptr + c, inside, None, 0), _load(u_ptr + c, inside, None, 0)
     row = b * T
     own = tl.arange(0, BLOCK)
-    groups_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (CHUNK // STEPS * 3 * BLOCK)
+    groups_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (SAVED // STEPS * 3 * BLOCK)
     gw, gu = tl.zeros_like(w), tl.zeros_like(w)
     ga, gb, r = gw, gw, gw
     if after_ptr is not None:
-        ga, gb, grad_pp = _three(after_ptr, chunk * B + b, C, c, inside)
+        ga, gb, grad_pp = _three(after_ptr, segment * B + b, C, c, inside)
         if R:
             r = grad_pp
 
-    saved = tl.cdiv(stop - start, CHUNK)
+    saved = tl.cdiv(stop - start, SAVED)
     for back in range(0, saved):
-        t_0 = start + (saved - 1 - back) * CHUNK
-        aa, bb, pp = _state(checkpoints_ptr, t_0 // CHUNK * B + b, C, c, inside, w)
-        groups = tl.cdiv(tl.minimum(stop - t_0, CHUNK), STEPS)
+        t_0 = start + (saved - 1 - back) * SAVED
+        aa, bb, pp = _state(checkpoints_ptr, t_0 // SAVED * B + b, C, c, inside, w)
+        groups = tl.cdiv(tl.minimum(stop - t_0, SAVED), STEPS)
         tl.debug_barrier()  # the loads below find what is stored here, and are done before it is stored anew
         _store_three(groups_ptr, 0, BLOCK, own, None, aa, bb, pp)
         for group in range(1, groups):
@@ -382,7 +384,7 @@ def _backward(
                 _store(grad_k_ptr + ptrs + i * C, grad_k, inside, valid)
                 _store(grad_v_ptr + ptrs + i * C, grad_v, inside, valid)
 
-    ptrs = sums_ptr + (chunk * B + b) * (2 * C) + c
+    ptrs = sums_ptr + (segment * B + b) * (2 * C) + c
     _store(ptrs, gw, inside, None)
     _store(ptrs + C, gu, inside, None)
     if grad_initial_ptr is not None:
@@ -410,13 +412,11 @@ def _total(sums_ptr, grad_w_ptr, grad_u_ptr, parts, C, ROWS: tl.constexpr, BLOCK
 
 # ---- launches --------------------------------------------------------------------------------------------------------
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
+ENOUGH_PROGRAMS = 264  # that keep a GPU's memory busy
+WANTED_PROGRAMS = 1024  # that time is cut for, where there are not enough
+SHORTEST_SEGMENT = 64  # steps
 
-ENOUGH = 264  # programs that keep a GPU's memory busy
-WANTED = 1024  # … that chunks are cut for, where there are not enough
-SHORTEST = 64  # steps of a chunk at least
-
-JOIN = 16  # chunks whose states a scan loads at once
+JOIN = 16  # segments whose states a scan loads at once
 
 # {bytes of an element: (channels a lane, STEPS) of forward, of backward}. Backward holds the states of STEPS steps in
 # registers: with four channels a lane it spills, or takes fewer steps and moves twice as much through scratch memory.
@@ -425,32 +425,28 @@ CONFIGS = {2: ((4, 8), (2, 8)), 4: ((2, 8), (2, 8))}
 
 
 def schedule(B, T, C):
-    """-> steps of a chunk, a multiple of 32; T or more: one chunk"""
+    """-> steps of a segment, a multiple of 32; T or more: one segment"""
     programs = B * triton.cdiv(C, 128)
-    if programs >= ENOUGH or T < 2 * SHORTEST:
-        return triton.cdiv(max(T, 1), CHUNK) * CHUNK
-    return max(SHORTEST, triton.cdiv(T, triton.cdiv(WANTED, programs) * CHUNK) * CHUNK)
-
-
-def _lanes():
-    return 64 if triton.runtime.driver.active.get_current_target().backend == "hip" else 32
+    if programs >= ENOUGH_PROGRAMS or T < 2 * SHORTEST_SEGMENT:
+        return triton.cdiv(max(T, 1), SAVED) * SAVED
+    return max(SHORTEST_SEGMENT, triton.cdiv(T, triton.cdiv(WANTED_PROGRAMS, programs) * SAVED) * SAVED)
 
 
 def _options(k, backward=False, R=False):
     """Of the kernels that go through time"""
     _, T, C = k.shape
-    if INTERPRETED:  # any size is right there: small ones meet more edges on small inputs
+    if INTERPRETED:
         block, unrolled = 32, 8
     else:
         per_lane, unrolled = CONFIGS[2 if k.dtype.itemsize == 2 else 4][backward]
-        block = _lanes() * (per_lane if C % 16 == 0 else 1)  # where rows are not aligned, lanes stand side by side
+        block = lanes() * (per_lane if C % 16 == 0 else 1)  # where rows are not aligned, lanes stand side by side
     unrolled = 1 if T == 1 else unrolled // 2 if R else unrolled
     return {"FULL": T > 0 and T % unrolled == 0, "EVEN": C % block == 0, "BLOCK": block, "STEPS": unrolled,
-            "CHUNK": CHUNK, "num_warps": 1}
+            "SAVED": SAVED, "num_warps": 1}
 
 
 def _scan_options(C):
-    block = 16 if INTERPRETED else _lanes()
+    block = 16 if INTERPRETED else lanes()
     return {"EVEN": C % block == 0, "BLOCK": block, "STEPS": JOIN, "num_warps": 1}
 
 
@@ -464,14 +460,14 @@ def forward(w, u, k, v, state, y, final, checkpoints):
     if not B * C:
         return
     options, scan_options, steps = _options(k), _scan_options(C), schedule(B, T, C)
-    chunks = max(1, triton.cdiv(T, steps))
-    if chunks > 1:
-        starts = w.new_empty((chunks, B, 3, C))
-        _forward[_grid(C, options, B, chunks - 1)](  # all but the last chunk, which are whole
+    segments = max(1, triton.cdiv(T, steps))
+    if segments > 1:
+        starts = w.new_empty((segments, B, 3, C))
+        _forward[_grid(C, options, B, segments - 1)](  # all but the last segment, which are whole
             w, u, k, v, None, None, starts, None, B, T, C, steps, **options | {"FULL": True})
-        _scan[_grid(C, scan_options, B)](w, state, starts, B, C, chunks, steps, **scan_options)
+        _scan[_grid(C, scan_options, B)](w, state, starts, B, C, segments, steps, **scan_options)
         state = starts
-    _forward[_grid(C, options, B, chunks)](
+    _forward[_grid(C, options, B, segments)](
         w, u, k, v, state, y, final, checkpoints if checkpoints.shape[0] else None, B, T, C, steps, **options)
 
 
@@ -481,18 +477,18 @@ def backward(grad_y, grad_state, w, u, k, v, state, checkpoints, grad_k, grad_v,
     if not C:
         return
     options, scan_options, steps = _options(k, True, grad_state is not None), _scan_options(C), schedule(B, T, C)
-    chunks = max(1, triton.cdiv(T, steps))
-    sums = w.new_empty((chunks * B, 2, C))
+    segments = max(1, triton.cdiv(T, steps))
+    sums = w.new_empty((segments * B, 2, C))
     if B:
         after = grad_state
-        if chunks > 1:
-            local, after = w.new_empty((chunks, B, 4, C)), w.new_empty((chunks, B, 3, C))
-            _grad_local[_grid(C, options, B, chunks - 1)](
+        if segments > 1:
+            local, after = w.new_empty((segments, B, 4, C)), w.new_empty((segments, B, 3, C))
+            _grad_local[_grid(C, options, B, segments - 1)](
                 grad_y, grad_state, w, u, k, v, checkpoints, local, B, T, C, steps, **options)
-            _grad_scan[_grid(C, scan_options, B)](grad_state, local, after, B, C, chunks, **scan_options)
-        grid = _grid(C, options, B, chunks)
-        scratch = w.new_empty((*grid, CHUNK // options["STEPS"], 3, options["BLOCK"]))
+            _grad_scan[_grid(C, scan_options, B)](grad_state, local, after, B, C, segments, **scan_options)
+        grid = _grid(C, options, B, segments)
+        scratch = w.new_empty((*grid, SAVED // options["STEPS"], 3, options["BLOCK"]))
         _backward[grid](
             grad_y, after, w, u, k, v, state, checkpoints, scratch, grad_k, grad_v, grad_state0, sums, B, T, C, steps,
             grad_state is not None, **options)
-    _total[(triton.cdiv(C, 32),)](sums, grad_w, grad_u, chunks * B, C, 8, 32, num_warps=2)
+    _total[(triton.cdiv(C, 32),)](sums, grad_w, grad_u, segments * B, C, 8, 32, num_warps=2)

@@ -11,9 +11,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../checks.h"
 #include "gemm_tile.h"
 #include "tasks.h"
+#include "view.h"
 
 namespace {
 
@@ -23,8 +23,7 @@ constexpr double LOG2E = 1.4426950408889634074;
 template <class T>
 constexpr T MINUS_INF = -std::numeric_limits<T>::infinity();
 
-// ---------------------------------------------------------------------------------------------------------------
-// Which keys a query sees
+// ---- which keys a query sees ----------------------------------------------------------------------------------------
 
 struct Span {
   int64_t first, last;  // [first, last)
@@ -50,18 +49,32 @@ struct Window {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// Tensors as the kernel sees them: typed, four strides in elements
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
-template <class T>
-struct View {
-  T* data = nullptr;
-  int64_t size[4] = {}, stride[4] = {};
+// A sequence and one of its key heads. The queries of the G = H / Hk heads that share the keys are its G·N rows.
+struct Head {
+  int64_t sequence, key_head;
+};
 
-  explicit View(const Tensor& t) : data(::data<T>(t)) {
-    for (int d = 0; d < 4; ++d) size[d] = t.size(d), stride[d] = t.stride(d);
+// One of a head's rows.
+struct Row {
+  int64_t head, query;
+  int64_t position;
+  Span keys;
+};
+
+// Of a tile of rows: the keys that some of them see, and the keys that all of them see.
+struct TileSpans {
+  Span seen = {0, 0}, full = {0, 0};
+
+  void start(Span keys) { seen = full = keys; }
+  void add(Span keys) {
+    seen = {std::min(seen.first, keys.first), std::max(seen.last, keys.last)};
+    full = {std::max(full.first, keys.first), std::min(full.last, keys.last)};
   }
-  T* at(int64_t i, int64_t j, int64_t k) const { return data + i * stride[0] + j * stride[1] + k * stride[2]; }
+  bool sees(Span keys) const { return seen.first < keys.last && keys.first < seen.last; }
+  // Whether some row does not see all of a block's keys.
+  bool cuts(int64_t key0) const { return full.first > key0 || full.last < key0 + KEYS; }
 };
 
 // The keys (or values) of one sequence and head: row j, in place or through the block table.
@@ -79,8 +92,7 @@ struct KeyRows {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// What happens to scores and probabilities between the two products
+// ---- what happens to scores and probabilities between the two products ----------------------------------------------
 
 struct Bias {
   enum Kind { NONE, BOOL, STORAGE, ACCUMULATOR } kind = NONE;
@@ -106,13 +118,6 @@ struct ScoreRules {
     return softcap > 0 || bias.kind != Bias::NONE || slopes || !(scale > 0x1p-100 && scale < 0x1p100);
   }
   double unit() const { return edits() ? 1 : scale; }  // what a score of 1 stands for: products are not yet scaled
-};
-
-// One query row of a task.
-struct Row {
-  int64_t head, query;
-  int64_t position;
-  Span keys;
 };
 
 // bias[j] for keys key0 .. key0+count-1 of one row, as numbers to add; zero beyond.
@@ -207,7 +212,7 @@ void dropout_row(const Dropout& dropout, int64_t batch_head, int64_t query, int6
 // Everything that forward and backward read alike.
 template <class Storage>
 struct Inputs {
-  View<const Storage> query, key, value;
+  View<const Storage, 4> query, key, value;
   Window window;
   ScoreRules rules;
   std::vector<Sequence> sequences;
@@ -215,16 +220,34 @@ struct Inputs {
 
   int64_t group() const { return query.size[1] / key.size[1]; }
 
-  KeyRows<Storage> rows_of(const View<const Storage>& t, const Sequence& s, int64_t key_head) const {
-    if (pages.empty()) return {t.at(s.batch, key_head, s.key_start), t.stride[2], t.stride[3]};
-    int64_t per_sequence = pages.size() / query.size[0];
-    return {t.at(0, key_head, 0), t.stride[2],  t.stride[3],  pages.data() + s.batch * per_sequence,
-            t.size[2],            t.size[0],    t.stride[0]};
+  const Sequence& sequence_of(const Head& head) const { return sequences[head.sequence]; }
+  int64_t rows_in(const Head& head) const { return group() * sequence_of(head).queries; }
+
+  // Row `index` of a head's G·N.
+  Row row_at(const Head& head, int64_t index) const {
+    const Sequence& s = sequence_of(head);
+    const int64_t i = index % s.queries;
+    return {head.key_head * group() + index / s.queries, i, i + s.offset, window.visible(s, i)};
+  }
+
+  KeyRows<Storage> key_rows(const View<const Storage, 4>& t, const Head& head) const {
+    const Sequence& s = sequence_of(head);
+    if (pages.empty()) return {t.at(s.batch, head.key_head, s.key_start), t.stride[2], t.stride[3]};
+    const int64_t per_sequence = pages.size() / query.size[0];
+    return {t.at(0, head.key_head), t.stride[2], t.stride[3], pages.data() + s.batch * per_sequence,
+            t.size[2],              t.size[0],   t.stride[0]};
+  }
+
+  // The rows of t, the keys or the values, from key0 on. The packers also prefetch rows beyond a block: beyond the last
+  // key there is none, and the last key's row stands in.
+  auto rows_from(const View<const Storage, 4>& t, const Head& head, int64_t key0) const {
+    return [rows = key_rows(t, head), key0, last = sequence_of(head).keys - 1](int64_t j) {
+      return rows(std::min(key0 + j, last));
+    };
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// The arguments of the ops
+// ---- the arguments of the ops ---------------------------------------------------------------------------------------
 
 inline std::vector<int64_t> to_vector(const Tensor& t) {
   std::vector<int64_t> v;
@@ -241,9 +264,11 @@ inline Tensor empty_in_layout(const Tensor& like, int64_t B, int64_t H, int64_t 
   return torch::stable::transpose(torch::stable::new_empty(like, {B, N, H, D}), 1, 2);
 }
 
-constexpr int64_t LONGEST = int64_t(1) << 40;  // a window beyond any length, still safe to add
+constexpr int64_t LONGEST_WINDOW = int64_t(1) << 40;  // a window beyond any length, still safe to add
 
-inline Window clamp_window(int64_t left, int64_t right) { return {std::min(left, LONGEST), std::min(right, LONGEST)}; }
+inline Window clamp_window(int64_t left, int64_t right) {
+  return {std::min(left, LONGEST_WINDOW), std::min(right, LONGEST_WINDOW)};
+}
 
 inline std::vector<Sequence> batch_sequences(int64_t B, int64_t N, int64_t M, const std::optional<Tensor>& key_lengths,
                                              bool align_lengths) {
@@ -313,48 +338,34 @@ inline void check_attention(const Tensor& query, const Tensor& key, const Tensor
                             const std::optional<Tensor>& key_lengths, const std::optional<Tensor>& cu_seqlens_q,
                             const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& block_table,
                             const std::optional<Tensor>& seed, double dropout_p) {
+  constexpr Layout ANY = Layout::ANY;
   const ScalarType storage = query.scalar_type(), acc = accumulator_of(storage);
-  check_cpu_tensor(query, 4, storage, "query");
-  check_cpu_tensor(key, 4, storage, "key");
-  check_cpu_tensor(value, 4, storage, "value");
-  const int64_t B = query.size(0), H = query.size(1), N = query.size(2);
+  check(query, {ANY_SIZE, ANY_SIZE, ANY_SIZE, ANY_SIZE}, storage, "query", ANY);
+  const int64_t B = query.size(0), H = query.size(1), N = query.size(2), D = query.size(3);
+  check(block_table, {B, ANY_SIZE}, ScalarType::Long, "block_table", ANY);
+  check(key, {block_table ? ANY_SIZE : B, ANY_SIZE, ANY_SIZE, D}, storage, "key", ANY);
   const int64_t Hk = key.size(1), M = block_table ? block_table->size(1) * key.size(2) : key.size(2);
-  if (!block_table) check_size(key, 0, B, "key");
   STD_TORCH_CHECK(Hk > 0 ? H % Hk == 0 : H == 0, "key: expected heads that divide query's ", H, ", got ", Hk);
-  check_size(key, 3, query.size(3), "key");
-  for (int d = 0; d < 3; ++d) check_size(value, d, key.size(d), "value");
+  check(value, {key.size(0), Hk, key.size(2), ANY_SIZE}, storage, "value", ANY);
   if (bias) {
-    ScalarType dtype = bias->scalar_type();
-    check_cpu_tensor(*bias, 4, dtype == ScalarType::Bool || dtype == acc ? dtype : storage, "bias");
-    const int64_t full[] = {B, H, N, M};
-    for (int d = 0; d < 4; ++d) check_size_or_one(*bias, d, full[d], "bias");
+    const ScalarType dtype = bias->scalar_type();
+    check(*bias, {or_one(B), or_one(H), or_one(N), or_one(M)},
+          dtype == ScalarType::Bool || dtype == acc ? dtype : storage, "bias", ANY);
   }
-  if (alibi_slopes) {
-    check_cpu_tensor(*alibi_slopes, 2, acc, "alibi_slopes");
-    check_size_or_one(*alibi_slopes, 0, B, "alibi_slopes");
-    check_size(*alibi_slopes, 1, H, "alibi_slopes");
-  }
-  if (key_lengths) {
-    check_cpu_tensor(*key_lengths, 1, ScalarType::Long, "key_lengths");
-    check_size(*key_lengths, 0, B, "key_lengths");
-  }
+  check(alibi_slopes, {or_one(B), H}, acc, "alibi_slopes", ANY);
+  check(key_lengths, {B}, ScalarType::Long, "key_lengths", ANY);
   STD_TORCH_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(),
                   "cu_seqlens_k: expected together with cu_seqlens_q");
   if (cu_seqlens_q) {
-    check_cpu_tensor(*cu_seqlens_q, 1, ScalarType::Long, "cu_seqlens_q");
-    check_cpu_tensor(*cu_seqlens_k, 1, ScalarType::Long, "cu_seqlens_k");
-    check_size(*cu_seqlens_k, 0, cu_seqlens_q->size(0), "cu_seqlens_k");
-    check_size(query, 0, 1, "query");
+    check(cu_seqlens_q, {ANY_SIZE}, ScalarType::Long, "cu_seqlens_q", ANY);
+    check(cu_seqlens_k, {cu_seqlens_q->size(0)}, ScalarType::Long, "cu_seqlens_k", ANY);
+    check(query, {1, H, N, D}, storage, "query", ANY);
     STD_TORCH_CHECK(!bias && !alibi_slopes && !key_lengths && !block_table && dropout_p == 0,
                     "cu_seqlens_q: expected no bias, slopes, lengths, block table or dropout beside it");
   }
-  if (block_table) {
-    check_cpu_tensor(*block_table, 2, ScalarType::Long, "block_table");
-    check_size(*block_table, 0, B, "block_table");
-  }
   if (dropout_p > 0) {
     STD_TORCH_CHECK(seed.has_value(), "seed: expected a tensor with dropout_p > 0");
-    check_cpu_tensor(*seed, 0, ScalarType::Long, "seed");
+    check(seed, {}, ScalarType::Long, "seed", ANY);
   }
 }
 

@@ -106,8 +106,9 @@ class Product {
     // Even shares, at least one and where they are few a whole number for every thread.
     while (tasks() < threads || (tasks() < 4 * threads && tasks() % threads != 0)) {
       if (rows <= TILE_ROWS && columns <= W) break;
-      if (rows * 2 > columns || columns <= W) rows = ceil_div(M, ceil_div(M, rows) + 1);
-      else columns = ceil_div(N, ceil_div(N, columns) + 1);
+      // One more share may be as large as before, rounded up: a block shrinks by at least 1, or this would not end.
+      if (rows * 2 > columns || columns <= W) rows = std::min(rows - 1, ceil_div(M, ceil_div(M, rows) + 1));
+      else columns = std::min(columns - 1, ceil_div(N, ceil_div(N, columns) + 1));
     }
     rows = round_up(ceil_div(M, ceil_div(M, rows)), TILE_ROWS);
     columns = round_up(ceil_div(N, ceil_div(N, columns)), W);

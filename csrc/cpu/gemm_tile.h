@@ -271,14 +271,7 @@ void dot_rows(const typename P::Unit* q, const void* const (&key)[lanes<typename
     for (int j = 0; j < W; ++j)
       sums[j] = P::multiply_add(qu, load<Vec<Unit>>(static_cast<const Unit*>(key[j]) + u), sums[j]);
   }
-  // Lane sums across: transposed, they are sums of vectors, added in halves.
-  transpose<Acc>(sums);
-  PK_UNROLL
-  for (int n = W / 2; n > 0; n /= 2) {
-    PK_UNROLL
-    for (int j = 0; j < n; ++j) sums[j] += sums[j + n];
-  }
-  store(s, sums[0]);
+  store(s, row_sums<Acc>(sums));
 }
 
 }  // namespace

@@ -5,7 +5,6 @@
 // A task is one head of a batch of queries. Of equal sums the lower rank a comes first, then the lower b: the order of
 // the numbers (a, b) that the search's ranking takes for indices.
 
-#include <array>
 #include <memory>
 #include <numeric>
 #include <tuple>
@@ -14,7 +13,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../checks.h"
 #include "topk.h"
 
 namespace {
@@ -26,11 +24,9 @@ struct ProductKeys {
   using Entry = typename Finder::Entry;
 
   int64_t N, H, n, half, k;
-  const Storage* query;
-  std::array<int64_t, 3> query_strides;  // N, H, d
-  const Storage* keys;
-  std::array<int64_t, 4> key_strides;  // H, 2, n, d/2
-  Acc* scores;                         // [N][H][k]
+  View<const Storage, 3> query;  // [N, H, d]
+  View<const Storage, 4> keys;   // [H, 2, n, d / 2]
+  Acc* scores;                   // [N][H][k]
   int64_t* ids;
 
   struct Worker {
@@ -58,13 +54,15 @@ struct ProductKeys {
                              Buffer<Entry>(candidates + Finder::W), Buffer<Acc>(2 * k)});
       }
       const int64_t h = task / batches, from = task % batches * batch, count = std::min(batch, N - from);
-      const Storage* q = query + from * query_strides[0] + h * query_strides[1];
-      const Storage* table = keys + h * key_strides[0];
-      own->finder.start({q, query_strides[0], query_strides[2]}, count);
-      own->finder.scan({table, key_strides[2], key_strides[3]}, 0, n);
+      View<const Storage, 2> queries = query.select(1, h);
+      queries.data = queries.at(from);
+      const View<const Storage, 3> tables = keys.select(0, h);
+      own->finder.start(queries, count);
+      own->finder.scan(tables.select(0, 0), 0, n);
       for (int64_t i = 0; i < count; ++i) std::copy_n(own->finder.finish(i), k, &own->first[i * k]);
-      own->finder.start({q + half * query_strides[2], query_strides[0], query_strides[2]}, count);
-      own->finder.scan({table + key_strides[1], key_strides[2], key_strides[3]}, 0, n);
+      queries.data = queries.at(0, half);
+      own->finder.start(queries, count);
+      own->finder.scan(tables.select(0, 1), 0, n);
       for (int64_t i = 0; i < count; ++i)
         join(&own->first[i * k], own->finder.finish(i), widths, *own, ((from + i) * H + h) * k);
     });
@@ -97,25 +95,18 @@ struct ProductKeys {
 
 std::tuple<Tensor, Tensor> product_key_search(Tensor query, Tensor sub_keys, int64_t k, int64_t /*backend*/) {
   const ScalarType dtype = query.scalar_type();
-  check_cpu_tensor(query, 3, dtype, "query");
-  check_cpu_tensor(sub_keys, 4, dtype, "sub_keys");
-  const int64_t N = query.size(0), H = query.size(1), n = sub_keys.size(2), half = sub_keys.size(3);
-  check_size(sub_keys, 0, H, "sub_keys");
-  check_size(sub_keys, 1, 2, "sub_keys");
-  check_size(query, 2, 2 * half, "query");
+  check(sub_keys, {ANY_SIZE, 2, ANY_SIZE, ANY_SIZE}, dtype, "sub_keys", Layout::ANY);
+  const int64_t H = sub_keys.size(0), n = sub_keys.size(2), half = sub_keys.size(3);
+  check(query, {ANY_SIZE, H, 2 * half}, dtype, "query", Layout::ANY);
+  const int64_t N = query.size(0);
   STD_TORCH_CHECK(half >= 1, "query: expected elements");
   STD_TORCH_CHECK(k >= 1 && k <= n, "k: expected 1 to ", n, ", got ", k);
   STD_TORCH_CHECK(n < int64_t(1) << 31 && k < int64_t(1) << 16, "k: expected fewer than 2^16, got ", k);
   Tensor scores = empty({N, H, k}, accumulator_of(dtype)), ids = empty({N, H, k}, ScalarType::Long);
   for_dtype(dtype, [&]<class Storage>(Storage) {
     using Acc = typename ProductKeys<Storage>::Acc;
-    ProductKeys<Storage>{N, H, n, half, k,
-                         data<const Storage>(query),
-                         {query.stride(0), query.stride(1), query.stride(2)},
-                         data<const Storage>(sub_keys),
-                         {sub_keys.stride(0), sub_keys.stride(1), sub_keys.stride(2), sub_keys.stride(3)},
-                         data<Acc>(scores),
-                         data<int64_t>(ids)}
+    ProductKeys<Storage>{N, H, n, half, k, View<const Storage, 3>(query), View<const Storage, 4>(sub_keys),
+                         data<Acc>(scores), data<int64_t>(ids)}
         .run();
   });
   return {scores, ids};

@@ -56,336 +56,395 @@ PK_INLINE Vec<Acc> differentiate(const Vec<Acc>* saved, Vec<Acc> before, Vec<Acc
   }
 }
 
+// ---- arguments and sizes --------------------------------------------------------------------------------------------
+
 template <class Storage>
-struct Incoming {
-  Strided<const Storage> output, h_n, c_n;  // without data: zero
+struct IncomingGradients {
+  View<const Storage, 3> output;
+  View<const Storage, 2> h_n, c_n;  // without data: zero
 };
 
-// What the forward saved, contiguous.
-template <class Storage, class Acc>
-struct Saved {
+// The forward's results, contiguous.
+template <class Storage>
+struct SavedSteps {
   const Storage* output;
-  const Acc *gates, *cells;
+  const AccOf<Storage>*gates, *cells;
 };
 
 template <class Storage>
-class Backward {
+struct RnnBackwardProblem {
+  using P = typename ComputeOf<Storage>::type;
+  using Element = ElementOf<P, Storage>;  // of an operand of the products
+  static constexpr int W = lanes<typename P::Acc>;
+
+  const RnnArguments& a;
+  const IncomingGradients<Storage>& grad;
+  const SavedSteps<Storage>& saved;
+  const std::array<Storage*, RESULTS>& result;  // null where not wanted
+  const Schedule schedule{a};
+
+  const Cell cell = a.cell;
+  const int64_t B = a.B(), I = a.I(), H = a.H(), PH = a.P(), GH = gates_of(cell) * H;
+  const int64_t width = round_up(H, W), state_width = round_up(PH, W);
+  const int64_t dgates_width = operand_width(blocks_of(cell) * H), projected_width = operand_width(PH);
+  const bool projects = a.weight_hr.has_value(), recurs = schedule.T > 1 || result[H0];
+
+  // Whole units, and not a power of two: rows a multiple of 4 KiB apart would meet in the same lines of the L1.
+  static int64_t operand_width(int64_t n) { return round_up(n, 64 / sizeof(Element)) + 64 / sizeof(Element); }
+
+  // The row of W_hh of a column of dgates.
+  int64_t state_gate(int64_t k) const { return cell != Cell::GRU ? k : k < H ? k + 2 * H : k - H; }
+  // The first block of dgates on the input's side; on the state's side it is block 0.
+  int input_block() const { return cell == Cell::GRU ? 1 : 0; }
+};
+
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+// A step of a sequence.
+template <class Storage>
+struct StepRow {
+  const Storage *x, *h;      // x_t, h_{t-1}
+  const AccOf<Storage>* c;   // c_{t-1}
+  int64_t place;             // among the rows of input, output, gates and cells
+};
+
+template <class Storage>
+struct StepRows {
+  using Acc = AccOf<Storage>;
+
+  Buffer<Storage> h0;  // [B + 1][P], the last row zero
+  Buffer<Acc> c0;      // [B + 1][H], the same
+  std::vector<StepRow<Storage>> all;
+  std::vector<int64_t> first;  // of each step's rows
+
+  explicit StepRows(const RnnBackwardProblem<Storage>& problem)
+      : h0((problem.B + 1) * problem.PH), c0((problem.B + 1) * problem.H) {
+    const RnnArguments& a = problem.a;
+    const Schedule& schedule = problem.schedule;
+    const int64_t B = problem.B, H = problem.H, PH = problem.PH;
+    const View<const Storage, 2> from_h(a.h0), from_c(a.c0);
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t j = 0; j < PH; ++j) h0[b * PH + j] = *from_h.at(b, j);
+      for (int64_t j = 0; from_c && j < H; ++j) c0[b * H + j] = static_cast<Acc>(*from_c.at(b, j));
+    }
+    std::fill_n(&h0[B * PH], PH, Storage(0));
+    std::fill_n(&c0[B * H], H, Acc(0));
+    const View<const Storage, 3> input(a.input);
+    for (int64_t t = 0; t < schedule.T; ++t) {
+      const int64_t before = a.reverse ? t + 1 : t - 1;
+      const int64_t started = before < 0 || before >= schedule.T ? 0 : schedule.active(before);
+      first.push_back(all.size());
+      for (int64_t slot = 0; slot < schedule.active(t); ++slot) {
+        StepRow<Storage> row{schedule.at(input, t, slot), nullptr, nullptr, schedule.row(t, slot)};
+        const bool reset = schedule.reset(t, slot);
+        if (slot < started && !reset) {
+          const int64_t place = schedule.row(before, slot);
+          row.h = problem.saved.output + place * PH, row.c = problem.saved.cells + place * H;
+        } else {
+          const int64_t b = reset ? B : schedule.sequence(slot);
+          row.h = &h0[b * PH], row.c = &c0[b * H];
+        }
+        all.push_back(row);
+      }
+    }
+  }
+};
+
+// The memory that the members share, or of which each owns the columns of its units.
+template <class Storage>
+struct RnnBackwardArrays {
+  using P = typename ComputeOf<Storage>::type;
+  using Acc = typename P::Acc;
+  using Element = ElementOf<P, Storage>;
+
+  Element *dgates, *projected, *squashed;  // [rows][...]: dgates; with a projection dh' and o ∘ tanh c'
+  Acc *dh, *dc, *dm;                       // [B][...] by slot; dm: of o ∘ tanh c' at this step
+  Acc *bias_sums, *bias_parts;             // [blocks][width]
+  typename P::Unit *packed_hh, *packed_hr; // each member's panels, one after the other; no packed_hh: not needed
+
+  RnnBackwardArrays(Arena& arena, const RnnBackwardProblem<Storage>& problem, int64_t rows) {
+    const int64_t B = problem.B, width = problem.width, state_width = problem.state_width;
+    const int64_t biases = blocks_of(problem.cell) * width;
+    arena.place(dgates, rows * problem.dgates_width);
+    arena.place(projected, problem.projects ? rows * problem.projected_width : 0);
+    arena.place(squashed, problem.result[WEIGHT_HR] ? rows * width : 0);
+    arena.place(dh, B * state_width);
+    arena.place(dc, B * width);
+    arena.place(dm, problem.projects ? B * width : 0);
+    arena.place(bias_sums, biases);
+    arena.place(bias_parts, biases);
+    arena.place(packed_hh, problem.recurs ? Panels<P>(state_width, problem.GH).size() : 0);
+    arena.place(packed_hr, problem.projects ? Panels<P>(width, problem.PH).size() : 0);
+    if (!problem.recurs) packed_hh = nullptr;
+  }
+};
+
+// ---- the recurrence -------------------------------------------------------------------------------------------------
+
+// A member's part of a row's units or columns, in whole vectors of W.
+struct RowPart {
+  int64_t first, last;
+  RowPart(int64_t columns, int64_t W, int64_t member, int64_t members) {
+    auto [v0, v1] = member_share(ceil_div(columns, W), member, members);
+    first = v0 * W, last = std::min(columns, v1 * W);
+  }
+  int64_t size() const { return std::max<int64_t>(last - first, 0); }
+};
+
+template <class Storage>
+class RnnBackward {
+  using Problem = RnnBackwardProblem<Storage>;
   using P = typename ComputeOf<Storage>::type;
   using Acc = typename P::Acc;
   using Unit = typename P::Unit;
-  using Element = ElementOf<P, Storage>;  // of an operand of the products
+  using Element = ElementOf<P, Storage>;
   static constexpr int W = lanes<Acc>;
   static constexpr int64_t LEAST_STEP = int64_t(1) << 13, LEAST_WORK = int64_t(1) << 18;  // products for each thread
   static constexpr int64_t SUM_ROWS = 64;  // dgates in a partial bias sum, for accuracy
 
  public:
-  Backward(const Arguments& arguments, const Incoming<Storage>& incoming, const Saved<Storage, Acc>& saved,
-           const std::array<Storage*, RESULTS>& results)
-      : a(arguments), schedule(arguments), grad(incoming), saved(saved), result(results), cell(a.cell), B(a.B()),
-        I(a.I()), H(a.H()), PH(a.P()), GH(gates_of(cell) * H), width(round_up(H, W)), state_width(round_up(PH, W)),
-        dgates_width(operand_width(blocks_of(cell) * H)), projected_width(operand_width(PH)),
-        h0(schedule.B * PH + PH), c0((schedule.B + 1) * H) {}
+  RnnBackward(const Problem& problem, const StepRows<Storage>& rows, const RnnBackwardArrays<Storage>& arrays)
+      : problem(problem), a(problem.a), schedule(problem.schedule), rows(rows), to(arrays), H(problem.H),
+        PH(problem.PH), width(problem.width), state_width(problem.state_width) {}
 
-  void run() {
-    find_rows();
-    const int64_t count = rows.size();
-    const bool projects = a.weight_hr.has_value(), recurs = schedule.T > 1 || result[H0];
-    Buffer<Element> dgates_memory(count * dgates_width), dh_memory(projects ? count * projected_width : 0);
-    Buffer<Element> squashed_memory(result[WEIGHT_HR] ? count * width : 0);
-    Buffer<Acc> dh_state(B * state_width), dc_state(B * width), dm_state(projects ? B * width : 0);
-    Buffer<Acc> sums(2 * blocks_of(cell) * width);
-    Buffer<Unit> hh(recurs ? Panels<P>(state_width, GH).size() : 0);
-    Buffer<Unit> hr(projects ? Panels<P>(width, PH).size() : 0);
-    dgates = dgates_memory.get(), projected = dh_memory.get(), squashed = squashed_memory.get();
-    dh = dh_state.get(), dc = dc_state.get(), dm = dm_state.get();
-    packed_hh = recurs ? hh.get() : nullptr, packed_hr = hr.get();
-    bias_sums = sums.get(), bias_parts = bias_sums + blocks_of(cell) * width;
-    const int64_t work = std::max<int64_t>(B, 1) * GH * (PH + (projects ? H : 0));
+  void run() const {
+    const int64_t work = std::max<int64_t>(problem.B, 1) * problem.GH * (PH + (problem.projects ? H : 0));
     const int64_t most = std::min(std::min(work / LEAST_STEP, work * schedule.T / LEAST_WORK),
                                   std::min(thread_count(), ceil_div(H, W)));
     run_team(std::max<int64_t>(most, 1), [&](Team& team, int64_t member) { run_member(team, member); });
-    finish_states();
-    finish_biases();
-    multiply_rows();
   }
 
  private:
-  // A step of a sequence.
-  struct Row {
-    const Storage *x, *h;  // x_t, h_{t-1}
-    const Acc* c;          // c_{t-1}
-    int64_t place;         // among the rows of input, output, gates and cells
-  };
+  const Problem& problem;
+  const RnnArguments& a;
+  const Schedule& schedule;
+  const StepRows<Storage>& rows;
+  const RnnBackwardArrays<Storage> to;
+  const int64_t H, PH, width, state_width;
 
-  const Arguments& a;
-  const Schedule schedule;
-  const Incoming<Storage>& grad;
-  const Saved<Storage, Acc>& saved;
-  const std::array<Storage*, RESULTS>& result;  // null where not wanted
-  const Cell cell;
-  const int64_t B, I, H, PH, GH, width, state_width, dgates_width, projected_width;
-  Buffer<Storage> h0;  // [B + 1][P], the last row zero
-  Buffer<Acc> c0;      // [B + 1][H], the same
-  std::vector<Row> rows;
-  std::vector<int64_t> first;  // of each step's rows
-  Element *dgates, *projected, *squashed;  // [rows][...]: dgates; with a projection dh' and o ∘ tanh c'
-  Acc *dh, *dc, *dm;                       // [B][...] by slot; dm: of o ∘ tanh c' at this step
-  Acc *bias_sums, *bias_parts;             // [blocks][width]
-  Unit *packed_hh, *packed_hr;             // each member's panels, one after the other; no packed_hh: not needed
-
-  // Whole units, and not a power of two: rows a multiple of 4 KiB apart would meet in the same lines of the L1.
-  static int64_t operand_width(int64_t n) { return round_up(n, 64 / sizeof(Element)) + 64 / sizeof(Element); }
-
-  void find_rows() {
-    for (int64_t b = 0; b < B; ++b) {
-      const Strided<const Storage> from_h(a.h0), from_c(a.c0);
-      for (int64_t j = 0; j < PH; ++j) h0[b * PH + j] = from_h.row(b)[j * from_h.stride];
-      for (int64_t j = 0; from_c && j < H; ++j) c0[b * H + j] = static_cast<Acc>(from_c.row(b)[j * from_c.stride]);
-    }
-    std::fill_n(&h0[B * PH], PH, Storage(0));
-    std::fill_n(&c0[B * H], H, Acc(0));
-    const Strided<const Storage> input(a.input);
-    for (int64_t t = 0; t < schedule.T; ++t) {
-      const int64_t before = a.reverse ? t + 1 : t - 1;
-      const int64_t started = before < 0 || before >= schedule.T ? 0 : schedule.active(before);
-      first.push_back(rows.size());
-      for (int64_t slot = 0; slot < schedule.active(t); ++slot) {
-        Row row{schedule.at(input, t, slot), nullptr, nullptr, schedule.row(t, slot)};
-        const bool reset = schedule.reset(t, slot);
-        if (slot < started && !reset) {
-          const int64_t place = schedule.row(before, slot);
-          row.h = saved.output + place * PH, row.c = saved.cells + place * H;
-        } else {
-          const int64_t b = reset ? B : schedule.sequence(slot);
-          row.h = &h0[b * PH], row.c = &c0[b * H];
-        }
-        rows.push_back(row);
-      }
-    }
-  }
-
-  // ------------------------------------------------------------------------------------------------- the recurrence
-
-  // Part of a row's units or columns, in whole vectors.
-  struct Part {
-    int64_t first, last;
-    Part(int64_t columns, int64_t member, int64_t members) {
-      auto [v0, v1] = share(ceil_div(columns, W), member, members);
-      first = v0 * W, last = std::min(columns, v1 * W);
-    }
-    int64_t size() const { return std::max<int64_t>(last - first, 0); }
-  };
-
-  void run_member(Team& team, int64_t member) {
-    const Part units(H, member, team.size()), columns(PH, member, team.size());
-    const Panels<P> hh(columns.size(), GH), hr(units.size(), PH);
-    alignas(64) Unit stage[stage_units<P>(TILE_VECTORS * W)];
-    Unit* own_hh = packed_hh + columns.first * hh.units;
-    Unit* own_hr = packed_hr + units.first * hr.units;
-    if (packed_hh) hh.pack(state_weight(), columns.first, columns.last, 0, GH, own_hh, stage);
-    if (a.weight_hr) {
-      const Strided<const Storage> weight(a.weight_hr);
-      auto row = [&](int64_t p) { return weight.row(p); };
-      hr.pack(rows_of_k(row, weight.stride), units.first, units.last, 0, PH, own_hr, stage);
-    }
-    begin(grad.h_n, columns, dh, state_width);
-    begin(grad.c_n, units, dc, width);
-    for (int block = 0; block < 2 * blocks_of(cell); ++block)
-      std::fill_n(bias_sums + block * width + units.first, round_up(units.size(), W), Acc(0));
+  void run_member(Team& team, int64_t member) const {
+    const RowPart units(H, W, member, team.size()), columns(PH, W, member, team.size());
+    const Panels<P> hh(columns.size(), problem.GH), hr(units.size(), PH);
+    Unit* own_hh = to.packed_hh + columns.first * hh.units;
+    Unit* own_hr = to.packed_hr + units.first * hr.units;
+    pack_weights(units, columns, hh, hr, own_hh, own_hr);
+    begin_gradients(problem.grad.h_n, columns, to.dh, state_width);
+    begin_gradients(problem.grad.c_n, units, to.dc, width);
+    for (int block = 0; block < 2 * blocks_of(problem.cell); ++block)
+      std::fill_n(to.bias_sums + block * width + units.first, round_up(units.size(), W), Acc(0));
     int64_t summed = 0;  // rows in bias_parts
     for (int64_t k = schedule.T - 1; k >= 0; --k) {
-      const int64_t t = schedule.time(k), active = schedule.active(t), row0 = first[t];
-      if (a.weight_hr) {
+      const int64_t t = schedule.time(k), active = schedule.active(t), row0 = rows.first[t];
+      if (problem.projects) {
         add_outputs(t, active, columns);
         team.meet(member);
-        hr.multiply(active, left(projected, row0, projected_width), own_hr, dm + units.first, width, false);
+        hr.multiply(active, left(to.projected, row0, problem.projected_width), own_hr, to.dm + units.first, width,
+                    false);
       }
-      for_cell(cell, [&](auto constant) {
+      for_cell(problem.cell, [&](auto constant) {
         for (int64_t slot = 0; slot < active; ++slot) {
           differentiate_row<constant>(t, slot, units);
           if (++summed == SUM_ROWS) add_bias_parts(units), summed = 0;
         }
       });
-      if (packed_hh && (k > 0 || result[H0])) {
+      if (to.packed_hh && (k > 0 || problem.result[H0])) {
         team.meet(member);
-        hh.multiply(active, left(dgates, row0, dgates_width), own_hh, dh + columns.first, state_width,
-                    cell == Cell::GRU);
+        hh.multiply(active, left(to.dgates, row0, problem.dgates_width), own_hh, to.dh + columns.first, state_width,
+                    problem.cell == Cell::GRU);
       }
-      for (int64_t slot = 0; slot < active; ++slot) {
-        if (!schedule.reset(t, slot)) continue;
-        std::fill_n(dh + slot * state_width + columns.first, columns.size(), Acc(0));
-        std::fill_n(dc + slot * width + units.first, units.size(), Acc(0));
-      }
+      clear_resets(t, active, units, columns);
     }
     add_bias_parts(units);
   }
 
-  auto state_weight() const {
-    const Strided<const Storage> weight(a.weight_hh);
-    auto row = [=, this](int64_t k) { return weight.row(state_gate(k)); };
-    return rows_of_k(row, weight.stride);
+  void pack_weights(const RowPart& units, const RowPart& columns, const Panels<P>& hh, const Panels<P>& hr,
+                    Unit* own_hh, Unit* own_hr) const {
+    alignas(64) Unit stage[stage_units<P>(TILE_VECTORS * W)];
+    if (to.packed_hh) {
+      const View<const Storage, 2> weight(a.weight_hh);
+      auto row = [&](int64_t k) { return weight.at(problem.state_gate(k)); };
+      hh.pack(rows_of_k(row, weight.stride[1]), columns.first, columns.last, 0, problem.GH, own_hh, stage);
+    }
+    if (problem.projects) {
+      const View<const Storage, 2> weight(a.weight_hr);
+      auto row = [&](int64_t p) { return weight.at(p); };
+      hr.pack(rows_of_k(row, weight.stride[1]), units.first, units.last, 0, PH, own_hr, stage);
+    }
   }
-  // The row of W_hh of a column of dgates.
-  int64_t state_gate(int64_t k) const { return cell != Cell::GRU ? k : k < H ? k + 2 * H : k - H; }
 
   Left<Unit> left(const Element* operand, int64_t row, int64_t row_width) const {
     return {reinterpret_cast<const Unit*>(operand + row * row_width), row_width / P::depth, 1};
   }
 
-  void begin(const Strided<const Storage>& from, const Part& part, Acc* to, int64_t to_width) const {
-    for (int64_t slot = 0; slot < B; ++slot)
+  void begin_gradients(const View<const Storage, 2>& from, const RowPart& part, Acc* into, int64_t into_width) const {
+    for (int64_t slot = 0; slot < problem.B; ++slot)
       for (int64_t j = part.first; j < part.last; j += W) {
         Vec<Acc> v = {};
-        if (from) v = load_some<Acc>(from.row(schedule.sequence(slot)) + j * from.stride, part.last - j, from.stride);
-        store(to + slot * to_width + j, v);
+        if (from) v = load_some<Acc>(from.at(schedule.sequence(slot), j), part.last - j, from.stride[1]);
+        store(into + slot * into_width + j, v);
       }
   }
 
-  // dh of the step: what comes from later steps and what comes from the output.
-  Vec<Acc> state_gradient(int64_t t, int64_t slot, int64_t j, int64_t last) const {
-    auto v = load<Vec<Acc>>(dh + slot * state_width + j);
-    if (!grad.output) return v;
-    const int64_t stride = grad.output.stride;
-    return v + load_some<Acc>(schedule.at(grad.output, t, slot) + j * stride, last - j, stride);
+  // A reset cuts what a step's state gets from the steps after it.
+  void clear_resets(int64_t t, int64_t active, const RowPart& units, const RowPart& columns) const {
+    for (int64_t slot = 0; slot < active; ++slot) {
+      if (!schedule.reset(t, slot)) continue;
+      std::fill_n(to.dh + slot * state_width + columns.first, columns.size(), Acc(0));
+      std::fill_n(to.dc + slot * width + units.first, units.size(), Acc(0));
+    }
   }
 
-  void add_outputs(int64_t t, int64_t active, const Part& columns) const {
+  // dh of the step: the gradient from later steps and the output's.
+  Vec<Acc> state_gradient(int64_t t, int64_t slot, int64_t j, int64_t last) const {
+    auto v = load<Vec<Acc>>(to.dh + slot * state_width + j);
+    const View<const Storage, 3>& output = problem.grad.output;
+    if (!output) return v;
+    return v + load_some<Acc>(schedule.at(output, t, slot) + j * output.stride[2], last - j, output.stride[2]);
+  }
+
+  void add_outputs(int64_t t, int64_t active, const RowPart& columns) const {
     for (int64_t slot = 0; slot < active; ++slot) {
-      Element* to = projected + (first[t] + slot) * projected_width;
+      Element* row = to.projected + (rows.first[t] + slot) * problem.projected_width;
       for (int64_t j = columns.first; j < columns.last; j += W)
-        store_some<Acc>(to + j, state_gradient(t, slot, j, columns.last), columns.last - j);
-      if (columns.last == PH) to[PH] = Element(0);  // the other half of a pair
+        store_some<Acc>(row + j, state_gradient(t, slot, j, columns.last), columns.last - j);
+      if (columns.last == PH) row[PH] = Element(0);  // the other half of a pair
     }
   }
 
   template <Cell CELL>
-  void differentiate_row(int64_t t, int64_t slot, const Part& units) const {
-    constexpr int SAVED = saved_of(CELL), BLOCKS = blocks_of(CELL);
-    const Row& row = rows[first[t] + slot];
-    const Acc* gates = saved.gates + row.place * SAVED * H;
-    Element* to = dgates + (first[t] + slot) * dgates_width;
+  void differentiate_row(int64_t t, int64_t slot, const RowPart& units) const {
+    constexpr int SAVED_GATES = saved_of(CELL), BLOCKS = blocks_of(CELL);
+    const StepRow<Storage>& row = rows.all[rows.first[t] + slot];
+    const SavedSteps<Storage>& saved = problem.saved;
+    const Acc* gates = saved.gates + row.place * SAVED_GATES * H;
+    Element* dgates = to.dgates + (rows.first[t] + slot) * problem.dgates_width;
     for (int64_t j = units.first; j < units.last; j += W) {
       const int64_t count = units.last - j;
-      Vec<Acc> from[std::max(SAVED, 1)], d[BLOCKS], before = {}, after = {}, grad_state = {};
+      Vec<Acc> from[std::max(SAVED_GATES, 1)], d[BLOCKS], before = {}, after = {}, grad_state = {};
       PK_UNROLL
-      for (int i = 0; i < SAVED; ++i) from[i] = load_some<Acc>(gates + i * H + j, count);
+      for (int i = 0; i < SAVED_GATES; ++i) from[i] = load_some<Acc>(gates + i * H + j, count);
       if constexpr (CELL == Cell::LSTM) {
         before = load_some<Acc>(row.c + j, count), after = load_some<Acc>(saved.cells + row.place * H + j, count);
-        grad_state = load<Vec<Acc>>(dc + slot * width + j);
+        grad_state = load<Vec<Acc>>(to.dc + slot * width + j);
       } else if constexpr (CELL == Cell::GRU) {
         before = load_some<Acc>(row.h + j, count);
       } else {
         after = load_some<Acc>(saved.output + row.place * H + j, count);
       }
-      Vec<Acc> grad_h = a.weight_hr ? load<Vec<Acc>>(dm + slot * width + j) : state_gradient(t, slot, j, units.last);
+      Vec<Acc> grad_h = problem.projects ? load<Vec<Acc>>(to.dm + slot * width + j)
+                                         : state_gradient(t, slot, j, units.last);
       Vec<Acc> direct = differentiate<CELL, Acc>(from, before, after, grad_h, grad_state, d);
       if constexpr (CELL == Cell::LSTM) {
-        store(dc + slot * width + j, grad_state);
-        if (result[WEIGHT_HR])
-          store_some<Acc>(squashed + (first[t] + slot) * width + j, from[3] * tanh<Acc>(after), count);
+        store(to.dc + slot * width + j, grad_state);
+        if (problem.result[WEIGHT_HR])
+          store_some<Acc>(to.squashed + (rows.first[t] + slot) * width + j, from[3] * tanh<Acc>(after), count);
       }
-      if constexpr (CELL == Cell::GRU) store(dh + slot * state_width + j, direct);
+      if constexpr (CELL == Cell::GRU) store(to.dh + slot * state_width + j, direct);
       PK_UNROLL
       for (int i = 0; i < BLOCKS; ++i) {
-        store_some<Acc>(to + i * H + j, d[i], count);
-        Acc* part = bias_parts + i * width + j;
+        store_some<Acc>(dgates + i * H + j, d[i], count);
+        Acc* part = to.bias_parts + i * width + j;
         store(part, load<Vec<Acc>>(part) + d[i]);
       }
     }
-    if (units.last == H) to[BLOCKS * H] = Element(0);  // the other half of a pair
+    if (units.last == H) dgates[BLOCKS * H] = Element(0);  // the other half of a pair
   }
 
-  void add_bias_parts(const Part& units) const {
-    for (int block = 0; block < blocks_of(cell); ++block)
+  void add_bias_parts(const RowPart& units) const {
+    for (int block = 0; block < blocks_of(problem.cell); ++block)
       for (int64_t j = units.first; j < units.last; j += W) {
-        Acc *sum = bias_sums + block * width + j, *part = bias_parts + block * width + j;
+        Acc *sum = to.bias_sums + block * width + j, *part = to.bias_parts + block * width + j;
         store(sum, load<Vec<Acc>>(sum) + load<Vec<Acc>>(part));
         store(part, Vec<Acc>{});
       }
   }
-
-  // ---------------------------------------------------------------------------------------------------- the results
-
-  void finish_states() const {
-    auto finish = [&](Storage* to, int64_t columns, const Acc* from, int64_t from_width) {
-      for (int64_t slot = 0; to && slot < B; ++slot)
-        for (int64_t j = 0; j < columns; j += W)
-          store_some<Acc>(to + schedule.sequence(slot) * columns + j, load<Vec<Acc>>(from + slot * from_width + j),
-                          columns - j);
-    };
-    finish(result[H0], PH, dh, state_width);
-    finish(result[C0], H, dc, width);
-  }
-
-  void finish_biases() const {
-    // sums: the first block of each side.
-    auto finish = [&](Storage* to, int block, auto gate) {
-      for (int64_t k = 0; to && k < GH; ++k)
-        to[gate(k)] = static_cast<Storage>(bias_sums[(block + k / H) * width + k % H]);
-    };
-    finish(result[BIAS_IH], input_block(), [](int64_t k) { return k; });
-    finish(result[BIAS_HH], 0, [&](int64_t k) { return state_gate(k); });
-  }
-  int input_block() const { return cell == Cell::GRU ? 1 : 0; }
-
-  // Every product sums over rows, but dx.
-  void multiply_rows() const {
-    const int64_t count = rows.size();
-    auto row_of = [](const Element* data, int64_t row_width) {
-      return [=](int64_t i) { return data + i * row_width; };
-    };
-    auto from_state = row_of(dgates, dgates_width), from_input = row_of(dgates + input_block() * H, dgates_width);
-    const Strided<const Storage> weight(a.weight_ih);
-    if (Storage* to = result[INPUT]) {
-      // dx: [rows, I] = dgates: [rows, GH] · W_ih: [GH, I]
-      auto place = store_to<Acc>(to, I);
-      Product<P>::run(count, I, GH, rows_along_k(from_input),
-                      rows_of_k([&](int64_t k) { return weight.row(k); }, weight.stride),
-                      [&](int64_t m, int64_t n, int64_t many, const Acc* c) { place(rows[m].place, n, many, c); });
-    }
-    if (Storage* to = result[WEIGHT_IH])  // [GH, I] = dgatesᵀ: [GH, rows] · x: [rows, I]
-      Product<P>::run(GH, I, count, rows_of_k(from_input),
-                      rows_of_k([&](int64_t k) { return rows[k].x; }, Strided<const Storage>(a.input).stride),
-                      store_to<Acc>(to, I));
-    if (Storage* to = result[WEIGHT_HH]) {
-      // [GH, P] = dgatesᵀ: [GH, rows] · h: [rows, P]
-      auto place = store_to<Acc>(to, PH);
-      Product<P>::run(GH, PH, count, rows_of_k(from_state), rows_of_k([&](int64_t k) { return rows[k].h; }),
-                      [&](int64_t m, int64_t n, int64_t many, const Acc* c) { place(state_gate(m), n, many, c); });
-    }
-    if (Storage* to = result[WEIGHT_HR])  // [P, H] = dh'ᵀ: [P, rows] · o ∘ tanh c': [rows, H]
-      Product<P>::run(PH, H, count, rows_of_k(row_of(projected, projected_width)), rows_of_k(row_of(squashed, width)),
-                      store_to<Acc>(to, H));
-  }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// The op
+// ---- after the loop -------------------------------------------------------------------------------------------------
 
-void check_gradients(const Arguments& a, const std::optional<Tensor>& grad_output,
+template <class Storage>
+void finish_states(const RnnBackwardProblem<Storage>& problem, const RnnBackwardArrays<Storage>& arrays) {
+  using Acc = AccOf<Storage>;
+  auto finish = [&](Storage* to, int64_t columns, const Acc* from, int64_t from_width) {
+    for (int64_t slot = 0; to && slot < problem.B; ++slot)
+      for (int64_t j = 0; j < columns; j += lanes<Acc>)
+        store_some<Acc>(to + problem.schedule.sequence(slot) * columns + j,
+                        load<Vec<Acc>>(from + slot * from_width + j), columns - j);
+  };
+  finish(problem.result[H0], problem.PH, arrays.dh, problem.state_width);
+  finish(problem.result[C0], problem.H, arrays.dc, problem.width);
+}
+
+template <class Storage>
+void finish_biases(const RnnBackwardProblem<Storage>& problem, const RnnBackwardArrays<Storage>& arrays) {
+  const int64_t H = problem.H;
+  // block: the first of the side's dgates.
+  auto finish = [&](Storage* to, int block, auto gate) {
+    for (int64_t k = 0; to && k < problem.GH; ++k)
+      to[gate(k)] = static_cast<Storage>(arrays.bias_sums[(block + k / H) * problem.width + k % H]);
+  };
+  finish(problem.result[BIAS_IH], problem.input_block(), [](int64_t k) { return k; });
+  finish(problem.result[BIAS_HH], 0, [&](int64_t k) { return problem.state_gate(k); });
+}
+
+// The products after the loop. All of them sum over rows, but dx.
+template <class Storage>
+void multiply_rows(const RnnBackwardProblem<Storage>& problem, const StepRows<Storage>& rows,
+                   const RnnBackwardArrays<Storage>& arrays) {
+  using P = typename ComputeOf<Storage>::type;
+  using Acc = typename P::Acc;
+  using Element = ElementOf<P, Storage>;
+  const auto& result = problem.result;
+  const int64_t count = rows.all.size(), I = problem.I, H = problem.H, PH = problem.PH, GH = problem.GH;
+  auto row_of = [](const Element* data, int64_t row_width) {
+    return [=](int64_t i) { return data + i * row_width; };
+  };
+  auto from_state = row_of(arrays.dgates, problem.dgates_width);
+  auto from_input = row_of(arrays.dgates + problem.input_block() * H, problem.dgates_width);
+  const View<const Storage, 2> weight(problem.a.weight_ih);
+  if (Storage* to = result[INPUT]) {
+    // dx: [rows, I] = dgates: [rows, GH] · W_ih: [GH, I]
+    auto place = store_to<Acc>(to, I);
+    Product<P>::run(count, I, GH, rows_along_k(from_input),
+                    rows_of_k([&](int64_t k) { return weight.at(k); }, weight.stride[1]),
+                    [&](int64_t m, int64_t n, int64_t many, const Acc* c) { place(rows.all[m].place, n, many, c); });
+  }
+  if (Storage* to = result[WEIGHT_IH])  // [GH, I] = dgatesᵀ: [GH, rows] · x: [rows, I]
+    Product<P>::run(GH, I, count, rows_of_k(from_input),
+                    rows_of_k([&](int64_t k) { return rows.all[k].x; },
+                              View<const Storage, 3>(problem.a.input).stride[2]),
+                    store_to<Acc>(to, I));
+  if (Storage* to = result[WEIGHT_HH]) {
+    // [GH, P] = dgatesᵀ: [GH, rows] · h: [rows, P]
+    auto place = store_to<Acc>(to, PH);
+    Product<P>::run(GH, PH, count, rows_of_k(from_state), rows_of_k([&](int64_t k) { return rows.all[k].h; }),
+                    [&](int64_t m, int64_t n, int64_t many, const Acc* c) {
+                      place(problem.state_gate(m), n, many, c);
+                    });
+  }
+  if (Storage* to = result[WEIGHT_HR])  // [P, H] = dh'ᵀ: [P, rows] · o ∘ tanh c': [rows, H]
+    Product<P>::run(PH, H, count, rows_of_k(row_of(arrays.projected, problem.projected_width)),
+                    rows_of_k(row_of(arrays.squashed, problem.width)), store_to<Acc>(to, H));
+}
+
+// ---- the op ---------------------------------------------------------------------------------------------------------
+
+void check_gradients(const RnnArguments& a, const std::optional<Tensor>& grad_output,
                      const std::optional<Tensor>& grad_h_n, const std::optional<Tensor>& grad_c_n,
                      const Tensor& output, const Tensor& gates, const Tensor& cells) {
-  auto check_rows = [&](const Tensor& t, int64_t columns, ScalarType dtype, const char* name) {
-    check_cpu_tensor(t, a.input.dim(), dtype, name);
-    for (int64_t d = 0; d + 1 < a.input.dim(); ++d) check_size(t, d, a.input.size(d), name);
-    check_size(t, a.input.dim() - 1, columns, name);
+  const ScalarType storage = a.storage(), acc = accumulator_of(storage);
+  const bool matrix = a.input.dim() == 2;
+  auto check_rows = [&](const std::optional<Tensor>& t, int64_t columns, ScalarType dtype, const char* name,
+                        Layout layout) {
+    if (matrix) check(t, {a.input.size(0), columns}, dtype, name, layout);
+    else check(t, {a.input.size(0), a.input.size(1), columns}, dtype, name, layout);
   };
-  auto check_saved = [&](const Tensor& t, int64_t columns, ScalarType dtype, const char* name) {
-    check_rows(t, columns, dtype, name);
-    STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-  };
-  auto check_state = [&](const std::optional<Tensor>& t, int64_t columns, const char* name) {
-    if (!t) return;
-    check_cpu_tensor(*t, 2, a.storage(), name);
-    check_size(*t, 0, a.B(), name), check_size(*t, 1, columns, name);
-  };
-  const ScalarType acc = accumulator_of(a.storage());
-  check_saved(output, a.P(), a.storage(), "output");
-  if (saved_of(a.cell) > 0) check_saved(gates, saved_of(a.cell) * a.H(), acc, "gates");
-  if (a.cell == Cell::LSTM) check_saved(cells, a.H(), acc, "cells");
-  if (grad_output) check_rows(*grad_output, a.P(), a.storage(), "grad_output");
-  check_state(grad_h_n, a.P(), "grad_h_n");
-  check_state(grad_c_n, a.H(), "grad_c_n");
+  check_rows(output, a.P(), storage, "output", Layout::DENSE);
+  if (saved_of(a.cell) > 0) check_rows(gates, saved_of(a.cell) * a.H(), acc, "gates", Layout::DENSE);
+  if (a.cell == Cell::LSTM) check_rows(cells, a.H(), acc, "cells", Layout::DENSE);
+  check_rows(grad_output, a.P(), storage, "grad_output", Layout::ANY);
+  check(grad_h_n, {a.B(), a.P()}, storage, "grad_h_n", Layout::ANY);
+  check(grad_c_n, {a.B(), a.H()}, storage, "grad_c_n", Layout::ANY);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
@@ -394,7 +453,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_b
     std::optional<Tensor> bias_ih, std::optional<Tensor> bias_hh, std::optional<Tensor> weight_hr,
     std::optional<Tensor> lengths, std::optional<Tensor> resets, Tensor output, Tensor gates, Tensor cells,
     int64_t cell, bool reverse, int64_t wanted, int64_t /*backend*/) {
-  const Arguments a{input,   batch_sizes, h0,        c0,      weight_ih, weight_hh,  bias_ih,
+  const RnnArguments a{input,   batch_sizes, h0,        c0,      weight_ih, weight_hh,  bias_ih,
                     bias_hh, weight_hr,   lengths, resets,  Cell(cell), reverse};
   a.check();
   check_gradients(a, grad_output, grad_h_n, grad_c_n, output, gates, cells);
@@ -414,16 +473,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_b
   if ((wanted >> INPUT & 1) && lengths) torch::stable::zero_(results[INPUT]);  // rows of no active sequence
 
   for_dtype(a.storage(), [&]<class Storage>(Storage) {
-    using Acc = typename ComputeOf<Storage>::type::Acc;
-    const Incoming<Storage> incoming{Strided<const Storage>(grad_output), Strided<const Storage>(grad_h_n),
-                                     Strided<const Storage>(grad_c_n)};
-    const Saved<Storage, Acc> saved{data<const Storage>(output),
-                                    data<const Acc>(gates),
-                                    data<const Acc>(cells)};
+    using Acc = AccOf<Storage>;
+    const IncomingGradients<Storage> incoming{View<const Storage, 3>(grad_output), View<const Storage, 2>(grad_h_n),
+                                              View<const Storage, 2>(grad_c_n)};
+    const SavedSteps<Storage> saved{data<const Storage>(output), data<const Acc>(gates), data<const Acc>(cells)};
     std::array<Storage*, RESULTS> pointers;
-    for (int i = 0; i < RESULTS; ++i)
-      pointers[i] = wanted >> i & 1 ? data<Storage>(results[i]) : nullptr;
-    Backward<Storage>(a, incoming, saved, pointers).run();
+    for (int i = 0; i < RESULTS; ++i) pointers[i] = wanted >> i & 1 ? data<Storage>(results[i]) : nullptr;
+    const RnnBackwardProblem<Storage> problem{a, incoming, saved, pointers};
+    const StepRows<Storage> rows(problem);
+    Workspace<RnnBackwardArrays<Storage>> memory(1, problem, int64_t(rows.all.size()));
+    RnnBackward<Storage>(problem, rows, memory[0]).run();
+    finish_states(problem, memory[0]);
+    finish_biases(problem, memory[0]);
+    multiply_rows(problem, rows, memory[0]);
   });
   return {results[0], results[1], results[2], results[3], results[4], results[5], results[6], results[7]};
 }

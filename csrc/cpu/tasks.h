@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -34,11 +35,11 @@ inline int64_t threads_for(double work) {
   return static_cast<int64_t>(std::clamp(repaid, 1.0, static_cast<double>(thread_count())));
 }
 
-// Calls f(worker, task) for every task in [0, count), which are so much work in all: on as many threads as that repays,
-// so that little work wakes none. Tasks are handed out one by one, in order, because their sizes differ (a causal row
-// block late in the sequence costs many times an early one) and cores may be shared. Each task must own what it writes,
-// so the result does not depend on who runs it. 0 <= worker < min(count, thread_count()). f must not throw: an exception
-// here loses its message.
+// Calls f(worker, task) for every task in [0, count), on as many threads as the work of all of them repays: little work
+// wakes none. Tasks are handed out one by one, in order, because their sizes differ (a causal row block late in the
+// sequence costs many times an early one) and cores may be shared. Each task must own the memory that it writes, so the
+// result does not depend on who runs it. 0 <= worker < min(count, thread_count()). f must not throw: an exception here
+// loses its message.
 template <class F>
 void run_tasks(int64_t count, double work, const F& f) {
   if (count <= 0) return;
@@ -65,6 +66,54 @@ class Buffer {
     void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
   };
   std::unique_ptr<T, Free> data_;
+};
+
+// Arrays one after the other in one piece of memory, each at a cache line. An arena without memory only measures.
+class Arena {
+ public:
+  Arena() = default;
+  explicit Arena(void* memory) : memory_(static_cast<std::byte*>(memory)) {}
+
+  bool measures() const { return memory_ == nullptr; }
+  int64_t bytes() const { return used_; }  // of what was placed
+
+  template <class T>
+  void place(T*& array, int64_t count) {
+    array = measures() ? nullptr : reinterpret_cast<T*>(memory_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  }
+
+ private:
+  std::byte* memory_ = nullptr;
+  int64_t used_ = 0;
+};
+
+// A Scratch for each worker. Scratch(arena, arguments...) places its arrays, and touches them only where there is
+// memory.
+template <class Scratch>
+class Workspace {
+ public:
+  template <class... Arguments>
+  explicit Workspace(int64_t workers, const Arguments&... arguments)
+      : bytes_(measure(arguments...)), memory_(workers * bytes_) {
+    for (int64_t i = 0; i < workers; ++i) {
+      Arena arena(memory_.get() + i * bytes_);
+      scratch_.emplace_back(arena, arguments...);
+    }
+  }
+  Scratch& operator[](int64_t worker) { return scratch_[worker]; }
+
+ private:
+  template <class... Arguments>
+  static int64_t measure(const Arguments&... arguments) {
+    Arena arena;
+    Scratch(arena, arguments...);
+    return arena.bytes();
+  }
+
+  int64_t bytes_;
+  Buffer<std::byte> memory_;
+  std::vector<Scratch> scratch_;
 };
 
 // Large results are fresh pages from the system, and a page fault for every 4 KB costs more than writing them.

@@ -4,7 +4,6 @@
 // out among the threads, block by block; each keeps its own best, and these are merged. Either way the result is that
 // of the order of (score, index) alone, whoever ran what.
 
-#include <array>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -12,7 +11,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../checks.h"
 #include "topk.h"
 
 namespace {
@@ -25,10 +23,7 @@ struct TopK {
 
   int64_t N, H, M, d, k;
   Acc scale;
-  const Storage* query;
-  std::array<int64_t, 3> query_strides;  // N, H, d
-  const Storage* keys;
-  std::array<int64_t, 3> key_strides;  // H, M, d
+  View<const Storage, 3> query, keys;  // [N, H, d], [H, M, d]
   Acc* scores;                         // [N][H][k]
   int64_t* indices;
 
@@ -44,14 +39,15 @@ struct TopK {
     auto start = [&](int64_t worker, int64_t task) -> Finder& {
       auto& own = finders[worker];
       if (!own) own = std::make_unique<Finder>(d, k, scale, std::min(batch, N));
-      const Storage* from = query + task % batches * batch * query_strides[0] + task / batches * query_strides[1];
-      own->start({from, query_strides[0], query_strides[2]}, queries_of(task, batch));
+      View<const Storage, 2> queries = query.select(1, task / batches);
+      queries.data = queries.at(task % batches * batch);
+      own->start(queries, queries_of(task, batch));
       return *own;
     };
     if (alone) {
       run_tasks(H * batches, work, [&](int64_t worker, int64_t task) {
         Finder& finder = start(worker, task);
-        finder.scan(keys_of(task / batches), 0, M);
+        finder.scan(keys.select(0, task / batches), 0, M);
         for (int64_t q = 0; q < queries_of(task, batch); ++q) write(finder.finish(q), task, batch, q);
       });
       return;
@@ -61,7 +57,7 @@ struct TopK {
       std::vector<Finder*> used(finders.size());
       run_tasks(ceil_div(M, block), work / (H * batches), [&](int64_t worker, int64_t b) {
         if (!used[worker]) used[worker] = &start(worker, task);
-        used[worker]->scan(keys_of(task / batches), b * block, std::min((b + 1) * block, M));
+        used[worker]->scan(keys.select(0, task / batches), b * block, std::min((b + 1) * block, M));
       });
       const double merging = 5.0 * threads * k * queries_of(task, batch);  // 5 ns a candidate
       run_tasks(queries_of(task, batch), merging, [&](int64_t, int64_t q) {
@@ -83,8 +79,6 @@ struct TopK {
     return std::min(batch, N - task % ceil_div(N, batch) * batch);
   }
 
-  Rows<Storage> keys_of(int64_t h) const { return {keys + h * key_strides[0], key_strides[1], key_strides[2]}; }
-
   // Query q of a task: head and place in the batch are the task's.
   void write(const Entry* best, int64_t task, int64_t batch, int64_t q) const {
     const int64_t batches = ceil_div(N, batch), to = ((task % batches * batch + q) * H + task / batches) * k;
@@ -97,24 +91,18 @@ struct TopK {
 
 std::tuple<Tensor, Tensor> topk_search(Tensor query, Tensor keys, int64_t k, double scale, int64_t /*backend*/) {
   const ScalarType dtype = query.scalar_type();
-  check_cpu_tensor(query, 3, dtype, "query");
-  check_cpu_tensor(keys, 3, dtype, "keys");
-  check_size(keys, 0, query.size(1), "keys");
-  check_size(keys, 2, query.size(2), "keys");
-  const int64_t N = query.size(0), H = query.size(1), M = keys.size(1), d = query.size(2);
+  check(query, {ANY_SIZE, ANY_SIZE, ANY_SIZE}, dtype, "query", Layout::ANY);
+  const int64_t N = query.size(0), H = query.size(1), d = query.size(2);
+  check(keys, {H, ANY_SIZE, d}, dtype, "keys", Layout::ANY);
+  const int64_t M = keys.size(1);
   STD_TORCH_CHECK(d >= 1, "query: expected elements");
   STD_TORCH_CHECK(k >= 1 && k <= M, "k: expected 1 to ", M, ", got ", k);
   STD_TORCH_CHECK(M < int64_t(1) << 32, "keys: expected fewer than 2^32 rows, got ", M);
   Tensor scores = empty({N, H, k}, accumulator_of(dtype)), indices = empty({N, H, k}, ScalarType::Long);
   for_dtype(dtype, [&]<class Storage>(Storage) {
     using Acc = typename TopK<Storage>::Acc;
-    TopK<Storage>{N, H, M, d, k, Acc(scale),
-                  data<const Storage>(query),
-                  {query.stride(0), query.stride(1), query.stride(2)},
-                  data<const Storage>(keys),
-                  {keys.stride(0), keys.stride(1), keys.stride(2)},
-                  data<Acc>(scores),
-                  data<int64_t>(indices)}
+    TopK<Storage>{N, H, M, d, k, Acc(scale), View<const Storage, 3>(query), View<const Storage, 3>(keys),
+                  data<Acc>(scores), data<int64_t>(indices)}
         .run();
   });
   return {scores, indices};

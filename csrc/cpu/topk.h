@@ -14,6 +14,7 @@
 
 #include "gemm_tile.h"
 #include "tasks.h"
+#include "view.h"
 
 namespace {
 
@@ -144,13 +145,6 @@ PK_INLINE uint32_t not_below(Vec<T> a, Vec<T> b) {
 #endif
 }
 
-// Rows of numbers in memory, `row` elements apart, whose elements are `column` apart.
-template <class Storage>
-struct Rows {
-  const Storage* at;
-  int64_t row, column;
-};
-
 // One worker's search: pack queries, scan keys in ascending order (all of them, or the share that falls to it), then
 // take what was found.
 template <class Storage>
@@ -163,49 +157,49 @@ class Search {
   static constexpr int W = lanes<Acc>;
   static constexpr int64_t PANEL = TILE_VECTORS * W;  // queries of a tile
   static constexpr int64_t BATCH = 4 * PANEL;         // whose panels stay in the second cache beside a block of keys
-  static constexpr int64_t FEW = 6;  // queries to which vectors of keys are faster than a tile's unused columns
+  static constexpr int64_t FEW_QUERIES = 6;  // queries to which vectors of keys are faster than a tile's unused columns
   static constexpr int64_t SUM_UNITS = 128;  // products in one running sum, for accuracy: as in gemm.h
 
-  // queries: room for so many. FEW or fewer never change the way they are scored, so that a remainder of many is summed as
-  // the others are.
+  // queries: room for so many. FEW_QUERIES or fewer never change the way they are scored, so that a remainder of many is
+  // summed as the others are.
   Search(int64_t d, int64_t k, Acc scale, int64_t queries)
-      : d_(d), k_(k), few_(queries <= FEW), scale_(scale), units_(ceil_div(d, P::depth)), padded_(round_up(units_, W)),
-        capacity_(k + std::max<int64_t>(k, 16)),
+      : d_(d), k_(k), few_(queries <= FEW_QUERIES), scale_(scale), units_(ceil_div(d, P::depth)),
+        padded_(round_up(units_, W)), capacity_(k + std::max<int64_t>(k, 16)),
         block_(round_up(std::clamp<int64_t>(65536 / (d * sizeof(Storage)), 12, 480), 12)),
         queries_(round_up(queries, W) * padded_), stage_(stage_units<P>(d)), staged_(block_ * padded_),
         thresholds_(round_up(queries, W)), next_(queries), ranked_(queries), entries_(queries * capacity_),
         scratch_(capacity_ + W) {}
 
   // Up to as many queries as there is room for.
-  void start(Rows<Storage> queries, int64_t count) {
+  void start(const View<const Storage, 2>& queries, int64_t count) {
     count_ = count;
     for (int64_t q = 0; q < count; ++q) next_[q] = ranked_[q] = &entries_[q * capacity_];
     std::fill_n(thresholds_.get(), round_up(count, W), std::numeric_limits<Acc>::quiet_NaN());  // all pass
-    auto row = [&](int64_t i) { return queries.at + i * queries.row; };
+    auto row = [&](int64_t i) { return queries.at(i); };
     if (few_) {
-      for (int64_t q = 0; q < count; ++q) copy_row<P>(row(q), queries.column, d_, &queries_[q * padded_], padded_);
+      for (int64_t q = 0; q < count; ++q) copy_row<P>(row(q), queries.stride[1], d_, &queries_[q * padded_], padded_);
       return;
     }
     for (int64_t q = 0; q < count; q += PANEL) {
       const int64_t some = std::min(PANEL, count - q);
       auto own = [&](int64_t i) { return row(q + std::min(i, some - 1)); };
-      pack_transposed<P>(own, queries.column, some, d_, &queries_[q * units_], round_up(some, W), stage_.get());
+      pack_transposed<P>(own, queries.stride[1], some, d_, &queries_[q * units_], round_up(some, W), stage_.get());
     }
   }
 
   // Keys first .. last-1.
-  void scan(Rows<Storage> keys, int64_t first, int64_t last) {
-    const bool in_place = holds_units<P>(keys.at) && keys.column == 1 && d_ % P::depth == 0 &&
-                          keys.row % P::depth == 0 && (!few_ || units_ == padded_);
+  void scan(const View<const Storage, 2>& keys, int64_t first, int64_t last) {
+    const bool in_place = holds_units<P>(keys.data) && keys.stride[1] == 1 && d_ % P::depth == 0 &&
+                          keys.stride[0] % P::depth == 0 && (!few_ || units_ == padded_);
     for (; first < last; first += block_) {
       const int64_t count = std::min(block_, last - first);
-      const Storage* from = keys.at + first * keys.row;
+      const Storage* from = keys.at(first);
       const Unit* rows = staged_.get();
       if (in_place) rows = reinterpret_cast<const Unit*>(from);
       else
         for (int64_t i = 0; i < count; ++i)
-          copy_row<P>(from + i * keys.row, keys.column, d_, &staged_[i * padded_], padded_);
-      const int64_t stride = in_place ? keys.row / P::depth : padded_;
+          copy_row<P>(from + i * keys.stride[0], keys.stride[1], d_, &staged_[i * padded_], padded_);
+      const int64_t stride = in_place ? keys.stride[0] / P::depth : padded_;
       if (few_) score_few(rows, stride, first, count);
       else score_many(rows, stride, first, count);
     }

@@ -138,8 +138,9 @@ PK_INLINE T reduce_add(Vec<T> v) {
   return x[0];
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Conversion between a storage type and the accumulator type, a vector at a time. No arithmetic is done in 16 bits.
+// ---- storage and accumulator types ----------------------------------------------------------------------------------
+//
+// Conversion between the two, a vector at a time. No arithmetic is done in 16 bits.
 
 template <class Acc, class Storage>
 PK_INLINE Vec<Acc> load_as(const Storage* p) {
@@ -202,8 +203,7 @@ PK_INLINE void store_some(Storage* to, Vec<Acc> v, int64_t count) {
   std::memcpy(to, all, count * sizeof(Storage));
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Functions
+// ---- functions ------------------------------------------------------------------------------------------------------
 
 template <class T, int N>
 PK_INLINE Vec<T> polynomial(const T (&c)[N], Vec<T> x) {
@@ -324,8 +324,7 @@ PK_INLINE Vec<T> tanh(Vec<T> x) {
   return (Vec<T>)((Vec<Bits<T>>)(m / (m + T(2))) | sign);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Shuffles
+// ---- shuffles -------------------------------------------------------------------------------------------------------
 
 template <class V, size_t... I>
 PK_INLINE V zip_half(V a, V b, size_t first, std::index_sequence<I...>) {
@@ -359,13 +358,16 @@ PK_INLINE void transpose(Vec<T> (&m)[lanes<T>]) {
   }
 }
 
-// The sums of the vectors' lanes, each in its vector's place.
+// The sum of each vector's lanes, in the lane of the vector's number. Transposed, these are sums of vectors. They are
+// added in halves, so that the rounding error grows with the logarithm of the width.
 template <class T>
 PK_INLINE Vec<T> row_sums(Vec<T> (&m)[lanes<T>]) {
   transpose<T>(m);
   PK_UNROLL
-  for (int n = lanes<T> / 2; n > 0; n /= 2)
+  for (int n = lanes<T> / 2; n > 0; n /= 2) {
+    PK_UNROLL
     for (int i = 0; i < n; ++i) m[i] += m[i + n];
+  }
   return m[0];
 }
 

@@ -16,9 +16,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../checks.h"
 #include "tasks.h"
 #include "vec.h"
+#include "view.h"
 
 namespace {
 
@@ -26,7 +26,7 @@ constexpr int64_t SEGMENT = 256;          // hits of a row that are summed one a
 constexpr int64_t LEAST_BYTES = 1 << 16;  // of rows that a task reads: less costs more to hand out than it gains
 constexpr int64_t MOST_BYTES = 1 << 20;
 constexpr int64_t AHEAD_BYTES = 1 << 12;  // of rows asked for before they are read
-constexpr int SIDE = 4;                   // rows read side by side
+constexpr int ROWS_AT_ONCE = 4;           // read side by side
 
 template <class Storage>
 constexpr int64_t LINE = 64 / sizeof(Storage);  // elements of a cache line
@@ -59,9 +59,9 @@ struct Source {
 
   Source(const Storage*, const Row& row, int64_t width, int64_t last)
       : row(row), width(width), last(last),
-        ahead(std::clamp<int64_t>(AHEAD_BYTES / std::max<int64_t>(width * sizeof(Storage), 64), SIDE, 32)) {}
+        ahead(std::clamp<int64_t>(AHEAD_BYTES / std::max<int64_t>(width * sizeof(Storage), 64), ROWS_AT_ONCE, 32)) {}
 
-  // f(i, R rows from i on, R rows to ask for) for begin <= i < end, R = SIDE and at last 1.
+  // f(i, R rows from i on, R rows to ask for) for begin <= i < end, R = ROWS_AT_ONCE and at last 1.
   template <class F>
   void for_rows(int64_t begin, int64_t end, const F& f) const {
     auto take = [&]<int R>(int64_t i, std::integral_constant<int, R>) {
@@ -73,7 +73,7 @@ struct Source {
       f(i, now, next);
     };
     int64_t i = begin;
-    for (; i + SIDE <= end; i += SIDE) take(i, std::integral_constant<int, SIDE>{});
+    for (; i + ROWS_AT_ONCE <= end; i += ROWS_AT_ONCE) take(i, std::integral_constant<int, ROWS_AT_ONCE>{});
     for (; i < end; ++i) take(i, std::integral_constant<int, 1>{});
   }
 };
@@ -112,35 +112,33 @@ void dot_rows(const Source<Storage, Row>& rows, const Storage* x, int64_t begin,
 }
 
 // How many of `count` things, each with so many bytes to read, a task takes.
-inline int64_t share(int64_t count, int64_t bytes) {
+inline int64_t count_per_task(int64_t count, int64_t bytes) {
   const int64_t all = count * std::max<int64_t>(bytes, 1);
   const int64_t wanted = std::clamp(all / (16 * thread_count()), LEAST_BYTES, MOST_BYTES);
   return std::max<int64_t>(wanted / std::max<int64_t>(bytes, 1), 1);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Reading a table
+// ---- reading a table ------------------------------------------------------------------------------------------------
 
 template <class Storage>
 struct Table {
   using Acc = AccOf<Storage>;
 
   int64_t G, k, dv;
-  const Storage* values;  // row m of table g at g * table + m * row
-  int64_t table, row;
-  const int64_t* indices;  // [N][G][k]
+  View<const Storage, 3> values;  // [G, M, dv]
+  const int64_t* indices;         // [N][G][k]
 
   // f(rows of a bag from column c on, as a Source, the first of its entries)
   template <class F>
   void with_bag(int64_t bag, int64_t c, int64_t width, int64_t last, const F& f) const {
     const int64_t begin = bag * k, end = begin + k;
-    const Storage *own = values + bag % G * table + c, *after = values + (bag + 1) % G * table + c;
-    auto at = [&](int64_t i) { return (i < end ? own : after) + indices[i] * row; };
+    const Storage *own = values.at(bag % G) + c, *after = values.at((bag + 1) % G) + c;
+    auto at = [&](int64_t i) { return (i < end ? own : after) + indices[i] * values.stride[1]; };
     f(Source(own, at, width, last), begin, end);
   }
 
   void forward(int64_t bags, const Acc* weights, Storage* y) const {
-    const int64_t bytes = k * dv * int64_t(sizeof(Storage)), taken = share(bags, bytes);
+    const int64_t bytes = k * dv * int64_t(sizeof(Storage)), taken = count_per_task(bags, bytes);
     // Columns are shared out, too, where whole bags would leave threads without work.
     const int64_t wanted = bytes < LEAST_BYTES ? 1 : ceil_div(4 * thread_count(), bags);
     const int64_t width = std::max(round_up(ceil_div(dv, wanted), LINE<Storage>), 4 * LINE<Storage>);
@@ -160,7 +158,7 @@ struct Table {
 
   // grad_weights [bags][k]
   void grad_weights(int64_t bags, const Storage* grad, Acc* grad_weights) const {
-    const int64_t entries = bags * k, taken = share(entries, dv * sizeof(Storage));
+    const int64_t entries = bags * k, taken = count_per_task(entries, dv * sizeof(Storage));
     run_tasks(ceil_div(entries, taken), double(entries) * dv * sizeof(Storage) * BYTE, [&](int64_t, int64_t task) {
       const int64_t first = task * taken, last = std::min(entries, first + taken);
       for (int64_t bag = first / k; bag * k < last; ++bag)
@@ -171,8 +169,7 @@ struct Table {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// The table's gradient
+// ---- the table's gradient -------------------------------------------------------------------------------------------
 
 // All (row, position), ascending: row g M + m of all tables' rows, and the place in [N][G][k] of an index m.
 struct Hits {
@@ -224,7 +221,7 @@ struct Hits {
 };
 
 template <class Storage>
-struct RowSums {
+struct TableGradient {
   using Acc = AccOf<Storage>;
 
   struct Long {  // a row of more than SEGMENT hits, and its first segment
@@ -239,7 +236,7 @@ struct RowSums {
   std::vector<Long> longs;
   Buffer<Acc> partials;  // [segments][padded], their sums
 
-  RowSums(const int64_t* indices, int64_t bags, int64_t G, int64_t k, int64_t M, int64_t dv, const Storage* grad,
+  TableGradient(const int64_t* indices, int64_t bags, int64_t G, int64_t k, int64_t M, int64_t dv, const Storage* grad,
           const Acc* weights)
       : k(k), dv(dv), padded(round_up(dv, lanes<Acc>)), grad(grad), weights(weights), hits(indices, bags, G, k, M),
         longs(find_longs()), partials(segments() * padded) {
@@ -289,8 +286,9 @@ struct RowSums {
 
   // to: [rows][dv], every row of all tables.
   void write_all(int64_t rows, Storage* to) const {
-    const int64_t taken = share(rows, dv * sizeof(Storage));
-    run_tasks(ceil_div(rows, taken), double(rows + hits.count) * dv * sizeof(Storage) * BYTE, [&](int64_t, int64_t task) {
+    const int64_t taken = count_per_task(rows, dv * sizeof(Storage));
+    const double work = double(rows + hits.count) * dv * sizeof(Storage) * BYTE;
+    run_tasks(ceil_div(rows, taken), work, [&](int64_t, int64_t task) {
       const int64_t last = std::min(rows, (task + 1) * taken);
       Buffer<Acc> acc(padded);
       int64_t row = task * taken, hit = hits.find(row);
@@ -305,7 +303,7 @@ struct RowSums {
 
   // (the rows that are used, ascending, their sums)
   std::pair<Tensor, Tensor> write_used(ScalarType dtype) const {
-    const int64_t taken = share(hits.count, dv * sizeof(Storage)), tasks = ceil_div(hits.count, taken);
+    const int64_t taken = count_per_task(hits.count, dv * sizeof(Storage)), tasks = ceil_div(hits.count, taken);
     auto first = [&](int64_t i) { return i == 0 || hits.row(i) != hits.row(i - 1); };
     std::vector<int64_t> before(tasks + 1);
     run_tasks(tasks, 1.0 * hits.count, [&](int64_t, int64_t task) {
@@ -328,39 +326,26 @@ struct RowSums {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// The ops
+// ---- the ops --------------------------------------------------------------------------------------------------------
 
 // Of bags' tensors; indices must be contiguous.
 void check_bags(const Tensor& indices, const Tensor& weights, int64_t M, ScalarType dtype) {
-  check_cpu_tensor(weights, 3, accumulator_of(dtype), "weights");
-  for (int64_t d = 0; d < 3; ++d) check_size(weights, d, indices.size(d), "weights");
+  check(weights, {indices.size(0), indices.size(1), indices.size(2)}, accumulator_of(dtype), "weights", Layout::ANY);
   const auto* index = data<const int64_t>(indices);
   uint64_t wrong = 0;  // the sign bit, of m or of M - 1 - m
   for (int64_t i = 0; i < indices.numel(); ++i) wrong |= uint64_t(index[i]) | (uint64_t(M - 1) - uint64_t(index[i]));
   STD_TORCH_CHECK(wrong >> 63 == 0, "indices: expected 0 to ", M - 1);
 }
 
-Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
-
-Tensor dense_rows(const Tensor& t) { return t.size(2) <= 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t); }
-
 template <class Storage>
 Table<Storage> table_of(const Tensor& values, const Tensor& indices) {
-  return {indices.size(1),  indices.size(2),  values.size(2), data<const Storage>(values),
-          values.stride(0), values.stride(1), data<const int64_t>(indices)};
+  return {indices.size(1), indices.size(2), values.size(2), View<const Storage, 3>(values),
+          data<const int64_t>(indices)};
 }
 
 void check_table(const Tensor& values, const Tensor& indices) {
-  check_cpu_tensor(values, 3, values.scalar_type(), "values");
-  check_cpu_tensor(indices, 3, ScalarType::Long, "indices");
-  check_size(indices, 1, values.size(0), "indices");
-}
-
-void check_grad(const Tensor& grad, const Tensor& indices, int64_t dv, ScalarType dtype) {
-  check_cpu_tensor(grad, 3, dtype, "grad");
-  for (int64_t d = 0; d < 2; ++d) check_size(grad, d, indices.size(d), "grad");
-  check_size(grad, 2, dv, "grad");
+  check(values, {ANY_SIZE, ANY_SIZE, ANY_SIZE}, values.scalar_type(), "values", Layout::ANY);
+  check(indices, {ANY_SIZE, values.size(0), ANY_SIZE}, ScalarType::Long, "indices", Layout::ANY);
 }
 
 Tensor weighted_gather(Tensor values, Tensor indices, Tensor weights, int64_t /*backend*/) {
@@ -378,7 +363,7 @@ Tensor weighted_gather(Tensor values, Tensor indices, Tensor weights, int64_t /*
 }
 
 template <class Storage>
-RowSums<Storage> row_sums_of(const Tensor& grad, const Tensor& indices, const Tensor& weights, int64_t M) {
+TableGradient<Storage> table_gradient_of(const Tensor& grad, const Tensor& indices, const Tensor& weights, int64_t M) {
   return {data<const int64_t>(indices),
           indices.size(0) * indices.size(1),
           indices.size(1),
@@ -394,7 +379,7 @@ std::tuple<Tensor, Tensor> weighted_gather_backward(Tensor grad, Tensor values, 
   check_table(values, indices);
   const ScalarType dtype = values.scalar_type();
   const int64_t N = indices.size(0), G = values.size(0), M = values.size(1), k = indices.size(2), dv = values.size(2);
-  check_grad(grad, indices, dv, dtype);
+  check(grad, {N, G, dv}, dtype, "grad", Layout::ANY);
   grad = dense(grad), values = dense_rows(values), indices = dense(indices), weights = dense(weights);
   check_bags(indices, weights, M, dtype);
   using Sizes = std::vector<int64_t>;
@@ -402,7 +387,7 @@ std::tuple<Tensor, Tensor> weighted_gather_backward(Tensor grad, Tensor values, 
   Tensor grad_weights = empty(for_weights ? Sizes{N, G, k} : Sizes{0}, accumulator_of(dtype));
   for_dtype(dtype, [&]<class Storage>(Storage) {
     if (grad_values.numel() > 0)
-      row_sums_of<Storage>(grad, indices, weights, M).write_all(G * M, data<Storage>(grad_values));
+      table_gradient_of<Storage>(grad, indices, weights, M).write_all(G * M, data<Storage>(grad_values));
     if (grad_weights.numel() > 0)
       table_of<Storage>(values, indices)
           .grad_weights(N * G, data<const Storage>(grad),
@@ -413,14 +398,13 @@ std::tuple<Tensor, Tensor> weighted_gather_backward(Tensor grad, Tensor values, 
 
 std::tuple<Tensor, Tensor> weighted_gather_rows(Tensor grad, Tensor indices, Tensor weights, int64_t table_rows,
                                                 int64_t /*backend*/) {
-  check_cpu_tensor(indices, 3, ScalarType::Long, "indices");
-  check_size(indices, 1, 1, "indices");
-  check_grad(grad, indices, grad.size(2), grad.scalar_type());
+  check(indices, {ANY_SIZE, 1, ANY_SIZE}, ScalarType::Long, "indices", Layout::ANY);
+  check(grad, {indices.size(0), 1, ANY_SIZE}, grad.scalar_type(), "grad", Layout::ANY);
   grad = dense(grad), indices = dense(indices), weights = dense(weights);
   check_bags(indices, weights, table_rows, grad.scalar_type());
   std::pair<Tensor, Tensor> result;
   for_dtype(grad.scalar_type(), [&]<class Storage>(Storage) {
-    result = row_sums_of<Storage>(grad, indices, weights, table_rows).write_used(grad.scalar_type());
+    result = table_gradient_of<Storage>(grad, indices, weights, table_rows).write_used(grad.scalar_type());
   });
   return result;
 }

@@ -19,22 +19,23 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../checks.h"
 #include "tasks.h"
 #include "vec.h"
+#include "view.h"
 
 namespace {
 
-constexpr int64_t CHUNK = 32;  // steps from one saved state to the next, as in pykernels/ops/wkv4.py
-constexpr double STEP = 0.35;  // ns of a step of a channel, forward
-constexpr int64_t TILE = 8;    // steps that forward takes a few channels through before the next channels
-constexpr double EMPTY = -1e38;  // pp of a state that has seen nothing, as the caller sees it; inside it is the lowest
+constexpr int64_t SAVED = 32;  // steps from one saved state to the next, as in pykernels/ops/wkv4.py
+constexpr double STEP_TIME = 0.35;  // ns of a step of a channel, forward
+constexpr int64_t TILE_STEPS = 8;  // steps that forward takes a few channels through before the next channels
+// pp of a state that has seen nothing, as the caller sees it. Inside it is the lowest number.
+constexpr double EMPTY_EXPONENT = -1e38;
 
 template <class T>
 constexpr T LOWEST = std::numeric_limits<T>::lowest();
 
-// An exponent that overflowed downwards, or was -inf, as the lowest number: no difference is of two infinities then, and
-// the empty state is no larger than anything. NaN stays NaN.
+// An exponent that overflowed downwards, or was -inf, as the lowest number: no difference is of two infinities then,
+// and the empty state is no larger than anything. NaN stays NaN.
 template <class T>
 PK_INLINE Vec<T> finite(Vec<T> exponent) { return max<T>(broadcast(LOWEST<T>), exponent); }
 
@@ -91,19 +92,19 @@ PK_INLINE State<T> join(State<T> left, State<T> right, Vec<T> w, int64_t steps) 
           select<T>(q.wins, right.pp, before)};
 }
 
-// How the work is cut: blocks of channels, and segments of time when there are not enough of those.
-struct Cut {
+// How the work is shared out: blocks of channels, and segments of time when there are not enough of those.
+struct Shares {
   int64_t blocks, width, segments, steps;
 
-  Cut(int64_t B, int64_t T, int64_t C, int64_t W) {
-    const int64_t threads = threads_for(STEP * B * T * C), wanted = threads == 1 ? 1 : 4 * threads;
+  Shares(int64_t B, int64_t T, int64_t C, int64_t W) {
+    const int64_t threads = threads_for(STEP_TIME * B * T * C), wanted = threads == 1 ? 1 : 4 * threads;
     blocks = std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(B, 1)), 1, std::max<int64_t>(C / (4 * W), 1));
     width = round_up(ceil_div(C, blocks), W);
     blocks = ceil_div(C, width);
     // Three passes' work instead of two: worth it where at least half of the threads would idle.
     const int64_t idle = threads / std::max<int64_t>(B * blocks, 1);
-    segments = idle >= 2 ? std::clamp<int64_t>(T / (2 * CHUNK), 1, 2 * idle) : 1;
-    steps = std::max<int64_t>(round_up(ceil_div(T, segments), CHUNK), CHUNK);
+    segments = idle >= 2 ? std::clamp<int64_t>(T / (2 * SAVED), 1, 2 * idle) : 1;
+    steps = std::max<int64_t>(round_up(ceil_div(T, segments), SAVED), SAVED);
     segments = std::max<int64_t>(ceil_div(T, steps), 1);
   }
 };
@@ -117,15 +118,13 @@ struct Wkv4 {
   const Acc *w, *u;
   const Storage *k, *v;
   const Acc* initial;  // [B][3][C] or null
-  Cut cut;
+  Shares shares;
   Buffer<Acc> starts;  // [segments][B][3][C]: the state before each segment
 
   Wkv4(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const std::optional<Tensor>& state)
-      : B(k.size(0)), T(k.size(1)), C(k.size(2)), w(data<const Acc>(w)),
-        u(data<const Acc>(u)), k(data<const Storage>(k)),
-        v(data<const Storage>(v)),
-        initial(data<const Acc>(state)), cut(B, T, C, W),
-        starts(cut.segments > 1 ? cut.segments * B * 3 * C : 0) {}
+      : B(k.size(0)), T(k.size(1)), C(k.size(2)), w(data<const Acc>(w)), u(data<const Acc>(u)),
+        k(data<const Storage>(k)), v(data<const Storage>(v)), initial(data<const Acc>(state)), shares(B, T, C, W),
+        starts(shares.segments > 1 ? shares.segments * B * 3 * C : 0) {}
 
   Acc* start_of(int64_t segment, int64_t b) const { return starts.get() + (segment * B + b) * 3 * C; }
 
@@ -137,16 +136,16 @@ struct Wkv4 {
   // f(b, first channel, last, segment) for all. passes: times forward's work.
   template <class F>
   void for_blocks(double passes, const F& f) const {
-    run_tasks(cut.segments * B * cut.blocks, passes * STEP * B * T * C, [&](int64_t, int64_t task) {
-      const int64_t block = task % cut.blocks, rest = task / cut.blocks, first = block * cut.width;
-      f(rest % B, first, std::min(C, first + cut.width), rest / B);
+    run_tasks(shares.segments * B * shares.blocks, passes * STEP_TIME * B * T * C, [&](int64_t, int64_t task) {
+      const int64_t block = task % shares.blocks, rest = task / shares.blocks, first = block * shares.width;
+      f(rest % B, first, std::min(C, first + shares.width), rest / B);
     });
   }
 
   // f(first step, last) for the tiles of a segment, backwards if asked.
   template <class F>
-  void for_tiles(int64_t segment, bool reverse, const F& f, int64_t size = CHUNK) const {
-    const int64_t begin = segment * cut.steps, end = std::min(T, begin + cut.steps);
+  void for_tiles(int64_t segment, bool reverse, const F& f, int64_t size = SAVED) const {
+    const int64_t begin = segment * shares.steps, end = std::min(T, begin + shares.steps);
     const int64_t tiles = ceil_div(end - begin, size);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t t = begin + (reverse ? tiles - 1 - i : i) * size;
@@ -156,9 +155,9 @@ struct Wkv4 {
 
   // Fills `starts`.
   void join_segments() const {
-    if (cut.segments == 1) return;
+    if (shares.segments == 1) return;
     for_blocks(0.5, [&](int64_t b, int64_t first, int64_t last, int64_t segment) {
-      if (segment + 1 == cut.segments) return;
+      if (segment + 1 == shares.segments) return;
       for (int64_t c = first; c < last; c += W) State<Acc>::empty().write(start_of(segment + 1, b) + c, C, C - c);
       for_tiles(segment, false, [&](int64_t begin, int64_t end) {
         for (int64_t c = first; c < last; c += W) {
@@ -177,9 +176,9 @@ struct Wkv4 {
       for (int64_t c = 0; c < C; c += W) {
         auto s = initial_state(b, c);
         s.write(start_of(0, b) + c, C, C - c);
-        for (int64_t segment = 1; segment < cut.segments; ++segment) {
+        for (int64_t segment = 1; segment < shares.segments; ++segment) {
           Acc* p = start_of(segment, b) + c;
-          s = join<Acc>(s, State<Acc>::read(p, C, C - c), load_some<Acc>(w + c, C - c), cut.steps);
+          s = join<Acc>(s, State<Acc>::read(p, C, C - c), load_some<Acc>(w + c, C - c), shares.steps);
           s.write(p, C, C - c);
         }
       }
@@ -188,23 +187,23 @@ struct Wkv4 {
   void forward(Storage* y, Acc* final, Acc* checkpoints) const {
     join_segments();
     for_blocks(1, [&](int64_t b, int64_t first, int64_t last, int64_t segment) {
-      Buffer<Acc> carried(3 * cut.width);
+      Buffer<Acc> carried(3 * shares.width);
       for (int64_t c = first; c < last; c += W) {
-        auto s = cut.segments == 1 ? initial_state(b, c) : State<Acc>::read(start_of(segment, b) + c, C, C - c);
-        s.write(&carried[c - first], cut.width, W);
+        auto s = shares.segments == 1 ? initial_state(b, c) : State<Acc>::read(start_of(segment, b) + c, C, C - c);
+        s.write(&carried[c - first], shares.width, W);
       }
       for_tiles(segment, false, [&](int64_t begin, int64_t end) {
-        Acc* saved = checkpoints && begin % CHUNK == 0 ? checkpoints + (begin / CHUNK * B + b) * 3 * C : nullptr;
+        Acc* saved = checkpoints && begin % SAVED == 0 ? checkpoints + (begin / SAVED * B + b) * 3 * C : nullptr;
         int64_t c = first;
         // What is read next: the channels after these, at the last ones the first of the tile after.
-        auto ahead = [&](int64_t n) { return c + n < last ? n : TILE * C + first - c; };
+        auto ahead = [&](int64_t n) { return c + n < last ? n : TILE_STEPS * C + first - c; };
         for (; c + 2 * W <= last; c += 2 * W)
           tile<2>(b, c, begin, end, &carried[c - first], saved, y, ahead(2 * W));
         for (; c < last; c += W) tile<1>(b, c, begin, end, &carried[c - first], saved, y, ahead(W));
-      }, TILE);
-      if (segment + 1 == cut.segments)
+      }, TILE_STEPS);
+      if (segment + 1 == shares.segments)
         for (int64_t c = first; c < last; c += W)
-          State<Acc>::with_empty(State<Acc>::read(&carried[c - first], cut.width, W), EMPTY)
+          State<Acc>::with_empty(State<Acc>::read(&carried[c - first], shares.width, W), EMPTY_EXPONENT)
               .write(final + b * 3 * C + c, C, C - c);
     });
   }
@@ -218,7 +217,7 @@ struct Wkv4 {
     const int64_t count = N > 1 ? W : C - c;
     PK_UNROLL
     for (int n = 0; n < N; ++n) {
-      s[n] = State<Acc>::read(carried + n * W, cut.width, W);
+      s[n] = State<Acc>::read(carried + n * W, shares.width, W);
       decay[n] = load_some<Acc>(w + c + n * W, count);
       bonus[n] = load_some<Acc>(u + c + n * W, count);
       if (saved) s[n].write(saved + c + n * W, C, count);
@@ -236,7 +235,7 @@ struct Wkv4 {
       }
     }
     PK_UNROLL
-    for (int n = 0; n < N; ++n) s[n].write(carried + n * W, cut.width, W);
+    for (int n = 0; n < N; ++n) s[n].write(carried + n * W, shares.width, W);
   }
 };
 
@@ -244,11 +243,11 @@ template <class Storage>
 struct Wkv4Backward : Wkv4<Storage> {
   using Base = Wkv4<Storage>;
   using Acc = typename Base::Acc;
-  using Base::B, Base::T, Base::C, Base::W, Base::w, Base::u, Base::k, Base::v, Base::cut;
+  using Base::B, Base::T, Base::C, Base::W, Base::w, Base::u, Base::k, Base::v, Base::shares;
 
   const Storage* grad_y;      // or null
   const Acc* grad_final;      // [B][3][C] or null
-  const Acc* checkpoints;     // [chunks][B][3][C]
+  const Acc* checkpoints;     // [ceil(T / SAVED)][B][3][C]
   Storage *grad_k, *grad_v;
   Acc* grad_initial;          // [B][3][C] or null
   Acc *grad_w, *grad_u;       // [C]
@@ -265,15 +264,15 @@ struct Wkv4Backward : Wkv4<Storage> {
 
   void run() {
     if (C == 0) return;
-    Buffer<Acc> incoming(cut.segments * B * 3 * C), sums(cut.segments * B * 2 * C);
+    Buffer<Acc> incoming(shares.segments * B * 3 * C), sums(shares.segments * B * 2 * C);
     auto incoming_of = [&](int64_t segment, int64_t b) { return incoming.get() + (segment * B + b) * 3 * C; };
     for (int64_t b = 0; b < B; ++b)
       for (int64_t c = 0; c < 3 * C; ++c)
-        incoming_of(cut.segments - 1, b)[c] = grad_final && c < 2 * C ? grad_final[b * 3 * C + c] : Acc(0);
-    if (cut.segments > 1) join_backward(incoming_of);
+        incoming_of(shares.segments - 1, b)[c] = grad_final && c < 2 * C ? grad_final[b * 3 * C + c] : Acc(0);
+    if (shares.segments > 1) join_backward(incoming_of);
 
     this->for_blocks(3, [&](int64_t b, int64_t first, int64_t last, int64_t segment) {
-      Buffer<Acc> carried(CARRIED * cut.width);
+      Buffer<Acc> carried(CARRIED * shares.width);
       for (int64_t c = first; c < last; c += W) {
         Acc* own = &carried[(c - first) * CARRIED];
         const Acc* in = incoming_of(segment, b) + c;
@@ -292,7 +291,7 @@ struct Wkv4Backward : Wkv4<Storage> {
     });
 
     for (int64_t c = 0; c < C; ++c) grad_w[c] = grad_u[c] = 0;
-    for (int64_t part = 0; part < cut.segments * B; ++part)
+    for (int64_t part = 0; part < shares.segments * B; ++part)
       for (int64_t c = 0; c < C; ++c) {
         grad_w[c] += sums[part * 2 * C + c];
         grad_u[c] += sums[(part * 2 + 1) * C + c];
@@ -302,13 +301,13 @@ struct Wkv4Backward : Wkv4<Storage> {
   // The gradients that enter each segment from the one after it.
   template <class F>
   void join_backward(const F& incoming_of) {
-    Buffer<Acc> local(cut.segments * B * CARRIED * round_up(C, W));
+    Buffer<Acc> local(shares.segments * B * CARRIED * round_up(C, W));
     auto local_of = [&](int64_t segment, int64_t b, int64_t c) {
       return local.get() + ((segment * B + b) * round_up(C, W) + c) * CARRIED;
     };
     this->for_blocks(3, [&](int64_t b, int64_t first, int64_t last, int64_t segment) {
       if (segment == 0) return;
-      Buffer<Acc> carried(CARRIED * cut.width);
+      Buffer<Acc> carried(CARRIED * shares.width);
       for (int64_t c = first; c < last; c += W) {
         Acc* own = &carried[(c - first) * CARRIED];
         for (int i = 0; i < CARRIED; ++i) store(own + i * W, broadcast(Acc(i == KEPT || i == WEIGHT)));
@@ -319,7 +318,7 @@ struct Wkv4Backward : Wkv4<Storage> {
     for (int64_t b = 0; b < B; ++b)
       for (int64_t c = 0; c < C; c += W) {
         const int64_t count = C - c;
-        for (int64_t segment = cut.segments - 1; segment > 0; --segment) {
+        for (int64_t segment = shares.segments - 1; segment > 0; --segment) {
           const Acc *own = local_of(segment, b, c), *in = incoming_of(segment, b) + c;
           Acc* out = incoming_of(segment - 1, b) + c;
           const Vec<Acc> kept = load<Vec<Acc>>(own + KEPT * W), weight = load<Vec<Acc>>(own + WEIGHT * W);
@@ -336,7 +335,7 @@ struct Wkv4Backward : Wkv4<Storage> {
   // A segment of a block, backwards: its tiles' steps again from their checkpoint, then back through them.
   template <bool WRITE>
   void pass(int64_t b, int64_t first, int64_t last, int64_t segment, const Buffer<Acc>& carried) {
-    Step steps[CHUNK];
+    Step steps[SAVED];
     this->for_tiles(segment, true, [&](int64_t begin, int64_t end) {
       for (int64_t c = first; c < last; c += W) {
         const int64_t count = C - c;
@@ -344,7 +343,7 @@ struct Wkv4Backward : Wkv4<Storage> {
         auto carry = [&](int i) { return load<Vec<Acc>>(own + i * W); };
         auto at = [&](int64_t t) { return (b * T + t) * C + c; };
         const Vec<Acc> decay = load_some<Acc>(w + c, count), bonus = load_some<Acc>(u + c, count);
-        auto s = State<Acc>::read(checkpoints + (begin / CHUNK * B + b) * 3 * C + c, C, count);
+        auto s = State<Acc>::read(checkpoints + (begin / SAVED * B + b) * 3 * C + c, C, count);
         for (int64_t t = begin; t < end; ++t) {
           const Vec<Acc> key = load_some<Acc>(k + at(t), count), value = load_some<Acc>(v + at(t), count);
           Step& step = steps[t - begin];
@@ -403,43 +402,32 @@ struct Wkv4Backward : Wkv4<Storage> {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// The ops
+// ---- the ops --------------------------------------------------------------------------------------------------------
 
-void check(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const std::optional<Tensor>& state) {
+void check_wkv4(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                const std::optional<Tensor>& state) {
+  constexpr Layout ANY = Layout::ANY;
   const ScalarType dtype = k.scalar_type(), exact = accumulator_of(dtype);
-  check_cpu_tensor(k, 3, dtype, "k");
-  check_cpu_tensor(v, 3, dtype, "v");
-  for (int64_t d = 0; d < 3; ++d) check_size(v, d, k.size(d), "v");
-  for (auto [t, name] : {std::pair{&w, "w"}, {&u, "u"}}) {
-    check_cpu_tensor(*t, 1, exact, name);
-    check_size(*t, 0, k.size(2), name);
-  }
-  if (state) {
-    check_cpu_tensor(*state, 3, exact, "state");
-    check_size(*state, 0, k.size(0), "state");
-    check_size(*state, 1, 3, "state");
-    check_size(*state, 2, k.size(2), "state");
-  }
-}
-
-std::optional<Tensor> dense(const std::optional<Tensor>& t) {
-  return t ? std::optional(torch::stable::contiguous(*t)) : t;
+  check(k, {ANY_SIZE, ANY_SIZE, ANY_SIZE}, dtype, "k", ANY);
+  const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
+  check(v, {B, T, C}, dtype, "v", ANY);
+  check(w, {C}, exact, "w", ANY);
+  check(u, {C}, exact, "u", ANY);
+  check(state, {B, 3, C}, exact, "state", ANY);
 }
 
 std::tuple<Tensor, Tensor, Tensor> wkv4(Tensor w, Tensor u, Tensor k, Tensor v, std::optional<Tensor> state,
                                         bool training, int64_t /*backend*/) {
-  check(w, u, k, v, state);
+  check_wkv4(w, u, k, v, state);
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   const ScalarType exact = accumulator_of(k.scalar_type());
   Tensor y = empty({B, T, C}, k.scalar_type()), final = empty({B, 3, C}, exact);
-  Tensor checkpoints = empty({training ? ceil_div(T, CHUNK) * B * 3 * C : 0}, exact);
-  w = *dense(w), u = *dense(u), k = *dense(k), v = *dense(v), state = dense(state);
+  Tensor checkpoints = empty({training ? ceil_div(T, SAVED) * B * 3 * C : 0}, exact);
+  w = dense(w), u = dense(u), k = dense(k), v = dense(v), state = dense(state);
   for_dtype(k.scalar_type(), [&]<class Storage>(Storage) {
     using Acc = AccOf<Storage>;
     Wkv4<Storage>(w, u, k, v, state)
-        .forward(data<Storage>(y), data<Acc>(final),
-                 training ? data<Acc>(checkpoints) : nullptr);
+        .forward(data<Storage>(y), data<Acc>(final), training ? data<Acc>(checkpoints) : nullptr);
   });
   return {y, final, checkpoints};
 }
@@ -448,23 +436,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(std::optional<T
                                                                  std::optional<Tensor> grad_state, Tensor w, Tensor u,
                                                                  Tensor k, Tensor v, std::optional<Tensor> state,
                                                                  Tensor checkpoints, int64_t /*backend*/) {
-  check(w, u, k, v, state);
+  check_wkv4(w, u, k, v, state);
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   const ScalarType exact = accumulator_of(k.scalar_type());
-  if (grad_y) {
-    check_cpu_tensor(*grad_y, 3, k.scalar_type(), "grad_y");
-    for (int64_t d = 0; d < 3; ++d) check_size(*grad_y, d, k.size(d), "grad_y");
-  }
-  if (grad_state) {
-    check_cpu_tensor(*grad_state, 3, exact, "grad_state");
-    for (int64_t d = 0; d < 3; ++d) check_size(*grad_state, d, std::array{B, int64_t{3}, C}[d], "grad_state");
-  }
-  check_cpu_tensor(checkpoints, 1, exact, "checkpoints");
-  check_size(checkpoints, 0, ceil_div(T, CHUNK) * B * 3 * C, "checkpoints");
+  check(grad_y, {B, T, C}, k.scalar_type(), "grad_y", Layout::ANY);
+  check(grad_state, {B, 3, C}, exact, "grad_state", Layout::ANY);
+  check(checkpoints, {ceil_div(T, SAVED) * B * 3 * C}, exact, "checkpoints", Layout::ANY);
   Tensor grad_w = empty({C}, exact), grad_u = empty({C}, exact);
   Tensor grad_k = empty({B, T, C}, k.scalar_type()), grad_v = empty({B, T, C}, k.scalar_type());
   Tensor grad_initial = empty(state ? std::vector<int64_t>{B, 3, C} : std::vector<int64_t>{0}, exact);
-  w = *dense(w), u = *dense(u), k = *dense(k), v = *dense(v), state = dense(state), checkpoints = *dense(checkpoints);
+  w = dense(w), u = dense(u), k = dense(k), v = dense(v), state = dense(state), checkpoints = dense(checkpoints);
   grad_y = dense(grad_y), grad_state = dense(grad_state);
   for_dtype(k.scalar_type(), [&]<class Storage>(Storage) {
     using Acc = AccOf<Storage>;

@@ -1,4 +1,4 @@
-// The vocabulary of the CUDA kernels: arguments, launches, and the instructions that C++ has no name for.
+// The vocabulary of the CUDA kernels: arguments, launches, and the instructions that C++ does not offer.
 //
 // A .cu file holds kernels and, under torch.ops.pykernels_cuda, an entry for each that writes into tensors which Python
 // has allocated: nothing is allocated here, and everything runs on the stream given, so calls can be captured in a CUDA
@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../checks.h"
+#include "sizes.h"
 
 #if defined(CUDA_ON_HOST)
 #define DEVICE_KEY CPU
@@ -23,18 +24,12 @@ namespace {
 
 // ---- arguments ------------------------------------------------------------------------------------------------------
 
-inline bool is_on_device(const Tensor& t) {
-#if defined(CUDA_ON_HOST)
-  return t.is_cpu();
-#else
-  return t.is_cuda();
-#endif
-}
-
-inline void check_device_tensor(const Tensor& t, int64_t rank, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(is_on_device(t), name, ": expected a CUDA tensor");
-  check_rank(t, rank, name);
-  check_dtype(t, dtype, name);
+// Whether rows of a tensor can be moved 16 bytes at a time.
+inline bool is_aligned(const Tensor& t, bool strided = true) {
+  const int64_t bytes = t.element_size(), last = t.dim() - 1;
+  bool aligned = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.size(last) * bytes % 16 == 0;
+  for (int64_t dim = 0; strided && dim < last; ++dim) aligned = aligned && t.stride(dim) * bytes % 16 == 0;
+  return aligned;
 }
 
 // As for_dtype, of the dtypes that GPUs are fast in.
@@ -133,6 +128,18 @@ int resident_clusters(const Launch& how, Kernel* kernel) {
   cudaGetLastError();
   return 0;
 }
+
+// ---- numbers --------------------------------------------------------------------------------------------------------
+
+constexpr int LANES = 32;
+constexpr float LOG2E = 1.44269504f;
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class Storage, int N>
+struct alignas(N * sizeof(Storage)) Pack {
+  Storage of[N];
+};
 
 // ---- inside kernels -------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@
 // REVERSE goes through the steps from the last to the first with the gradient G of S, which does not depend on S:
 //
 //   reads    r, w, gy, a, b
-//   writes   G after every 32 steps and before the first: what csrc/linear_recurrence_backward.cu needs to take them side by side
+//   writes   G after every 32 steps and before the first: what csrc/cuda/linear_recurrence_backward.cu needs to take them side by side
 //
 // What limits it, by instruction counts for sm_90 and K of 64 (nothing was timed): lanes of 4 columns reach 0.37 of the
 // peak of FMA (RWKV-6) or 0.47 (RWKV-7) if all units overlap, by issue slots, shared memory close behind, for it gives
@@ -33,13 +33,60 @@ struct Sequence {
   bool aligned, even;             // rows 16 bytes at a time, columns of states COLUMNS at a time
 };
 
-// Reversed, the step is G ← diag(d) G + r gᵀ (RWKV-6), G += r gᵀ, G ← diag(d) G + a (bᵀ G) (RWKV-7).
-// audit: sequence: dynamic shared 32 * ((3 + 2 * SEVEN - REVERSE) * KB + 1) + 8192 * size * COLUMNS // KB +
-//   3 * (32 * KB + 8 * size * ((2 + 2 * SEVEN - REVERSE) * KB + 1024 * COLUMNS // KB)): rows of a group, y, the ring
-template <class Storage, int KB, int COLUMNS, bool SEVEN, bool REVERSE>
+// Moves a group's results, [GROUP][BLOCK], to y.
+template <int BLOCK, class Storage>
+__device__ inline void store_results(const Sequence<Storage>& a, const Head& head, const Storage* results, int begin,
+                                     int t, int count) {
+  auto move = [&]<int N>(std::integral_constant<int, N>) {
+#pragma unroll 1
+    for (int i = threadIdx.x * N; i < GROUP * BLOCK; i += THREADS * N) {
+      const int row = i / BLOCK, x = begin + i % BLOCK;
+      if (row < count && x < a.V)
+        *reinterpret_cast<Pack<Storage, N>*>(a.y + ((head.b * int64_t(a.T) + t + row) * a.H + head.h) * a.V + x) =
+            *reinterpret_cast<const Pack<Storage, N>*>(results + i);
+    }
+  };
+  if (a.aligned) move(std::integral_constant<int, 16 / sizeof(Storage)>{});
+  else move(std::integral_constant<int, 1>{});
+}
+
+// Takes S over a step, and adds the lane's part of what is read to y. Reversed, S is G, and the step is
+// G ← diag(d) G + r gᵀ (RWKV-6), G += r gᵀ, G ← diag(d) G + a (bᵀ G) (RWKV-7).
+template <int KB, int COLUMNS, bool CORRECTED, bool REVERSE>
+__device__ inline void take_step(const Tile<KB, COLUMNS>& own, float (&S)[ROWS][COLUMNS], float (&y)[COLUMNS],
+                                 const float* rows, const float (&v)[COLUMNS]) {
+  constexpr int LAST = COUNT<CORRECTED> - REVERSE - 1;
+  float d[ROWS], k[ROWS], x[ROWS];
+  own.read(d, rows + DECAY * KB);
+  own.read(k, rows + KEY * KB);
+  if constexpr (!CORRECTED) {
+    if constexpr (!REVERSE) {
+      own.read(x, rows + LAST * KB);
+      own.add_products(y, x, S);
+    }
+    advance(S, d, k, v);
+  } else {
+    float s[COLUMNS];
+    if constexpr (REVERSE) add(S, k, v);
+    own.read(x, rows + FIRST * KB);
+    own.products(s, x, S);
+    own.read(x, rows + SECOND * KB);
+    if constexpr (REVERSE) advance(S, d, x, s);
+    else {
+      advance(S, d, k, v);
+      add(S, x, s);
+      own.read(x, rows + LAST * KB);
+      own.add_products(y, x, S);
+    }
+  }
+}
+
+// audit: sequence: dynamic shared 32 * ((3 + 2 * CORRECTED - REVERSE) * KB + 1) + 8192 * size * COLUMNS // KB +
+//   3 * (32 * KB + 8 * size * ((2 + 2 * CORRECTED - REVERSE) * KB + 1024 * COLUMNS // KB)): rows of a group, y, the ring
+template <class Storage, int KB, int COLUMNS, bool CORRECTED, bool REVERSE>
 __global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 3 : 4) sequence(const Sequence<Storage> a) {
   using Columns = Tile<KB, COLUMNS>;
-  constexpr int KINDS = COUNT<SEVEN> - REVERSE, LAST = KINDS - 1;  // rows of a step; LAST: reversed there is no reader
+  constexpr int KINDS = COUNT<CORRECTED> - REVERSE, LAST = KINDS - 1;  // rows of a step; LAST: reversed there is no reader
   constexpr int NARROW = GROUP * (LAST * KB + Columns::BLOCK);     // numbers in Storage that a group has
   const Columns own;
   const Head head(blockIdx.x / a.blocks, a.H);
@@ -64,7 +111,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 3 : 4) sequence(const S
         to += GROUP * KB;
       };
       bring(a.k);
-      if constexpr (SEVEN) bring(a.a), bring(a.b);
+      if constexpr (CORRECTED) bring(a.a), bring(a.b);
       if constexpr (!REVERSE) bring(a.r);
       fetch<Columns::BLOCK>(to, a.v, head, t, a.T, begin, a.V, a.aligned);
     }
@@ -73,7 +120,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 3 : 4) sequence(const S
 
   constexpr int QUADS = KB / 4;  // of a row; a thread's quad is the same in all rows
   Quad u{};
-  if constexpr (!SEVEN && !REVERSE)
+  if constexpr (!CORRECTED && !REVERSE)
     u = load_quad(a.u + int64_t(head.h) * a.K, int(threadIdx.x) % QUADS * 4, a.K, false);
   auto prepare = [&](int n) {
     const Storage* const from = narrow + n % RING * NARROW;
@@ -87,32 +134,19 @@ __global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 3 : 4) sequence(const S
       const Quad k = scaled(quad(0), REVERSE ? a.scale : 1);
       to[KEY * QUADS] = k;
       to[DECAY * QUADS] = decays(reinterpret_cast<const Quad*>(rates + n % RING * GROUP * KB)[i]);
-      if constexpr (SEVEN) {
+      if constexpr (CORRECTED) {
         to[FIRST * QUADS] = quad(1);
         to[SECOND * QUADS] = quad(2);
       }
       if constexpr (!REVERSE) {
         const Quad r = scaled(quad(LAST - 1), a.scale);
         to[LAST * QUADS] = r;
-        if constexpr (!SEVEN) {
+        if constexpr (!CORRECTED) {
           const float sum = sum_over<QUADS>(product(r, u, k));
           if (i % QUADS == 0) present[row] = sum;
         }
       }
     }
-  };
-  auto store_results = [&](int t, int count) {
-    auto move = [&]<int N>(std::integral_constant<int, N>) {
-#pragma unroll 1
-      for (int i = threadIdx.x * N; i < GROUP * Columns::BLOCK; i += THREADS * N) {
-        const int row = i / Columns::BLOCK, x = begin + i % Columns::BLOCK;
-        if (row < count && x < a.V)
-          *reinterpret_cast<Pack<Storage, N>*>(a.y + ((head.b * int64_t(a.T) + t + row) * a.H + head.h) * a.V + x) =
-              *reinterpret_cast<const Pack<Storage, N>*>(results + i);
-      }
-    };
-    if (a.aligned) move(std::integral_constant<int, 16 / sizeof(Storage)>{});
-    else move(std::integral_constant<int, 1>{});
   };
 
   float S[ROWS][COLUMNS] = {};
@@ -122,7 +156,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 3 : 4) sequence(const S
     const int t = start_of(n), count = min(GROUP, a.T - t);
     wait_copies<RING - 2>();
     __syncthreads();  // the group has come; all are done with the one before: with `ready`, its place, and y is whole
-    if (!REVERSE && n > 0) store_results(t - GROUP, GROUP);
+    if (!REVERSE && n > 0) store_results<Columns::BLOCK>(a, head, results, begin, t - GROUP, GROUP);
     prepare(n);
     fetch_group(n + RING - 1);
     if (a.saved && (REVERSE ? (t + GROUP) % SAVED == 0 || t + GROUP >= a.T : t % SAVED == 0))
@@ -135,33 +169,12 @@ __global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 3 : 4) sequence(const S
       const int i = REVERSE ? count - 1 - step : step;
       const float* const rows = ready + i * KINDS * KB;
       const auto packed = *reinterpret_cast<const Pack<Storage, COLUMNS>*>(values + i * Columns::BLOCK);
-      float v[COLUMNS], d[ROWS], k[ROWS], x[ROWS], y[COLUMNS];
+      float v[COLUMNS], y[COLUMNS];
 #pragma unroll
       for (int c = 0; c < COLUMNS; ++c) v[c] = static_cast<float>(packed.of[c]);
-      own.read(d, rows + DECAY * KB);
-      own.read(k, rows + KEY * KB);
 #pragma unroll
-      for (int c = 0; c < COLUMNS; ++c) y[c] = !SEVEN && !REVERSE && own.share == 0 ? present[i] * v[c] : 0;
-      if constexpr (!SEVEN) {
-        if constexpr (!REVERSE) {
-          own.read(x, rows + LAST * KB);
-          own.add_products(y, x, S);
-        }
-        advance(S, d, k, v);
-      } else {
-        float s[COLUMNS];
-        if constexpr (REVERSE) add(S, k, v);
-        own.read(x, rows + FIRST * KB);
-        own.products(s, x, S);
-        own.read(x, rows + SECOND * KB);
-        if constexpr (REVERSE) advance(S, d, x, s);
-        else {
-          advance(S, d, k, v);
-          add(S, x, s);
-          own.read(x, rows + LAST * KB);
-          own.add_products(y, x, S);
-        }
-      }
+      for (int c = 0; c < COLUMNS; ++c) y[c] = !CORRECTED && !REVERSE && own.share == 0 ? present[i] * v[c] : 0;
+      take_step<KB, COLUMNS, CORRECTED, REVERSE>(own, S, y, rows, v);
       if constexpr (!REVERSE) {
         const float sum = own.share_columns(y);
         Storage* const to = results + i * Columns::BLOCK + own.warp * Columns::WIDTH;
@@ -171,16 +184,17 @@ __global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 3 : 4) sequence(const S
   }
   if constexpr (!REVERSE) {
     __syncthreads();
-    if (groups > 0) store_results(start_of(groups - 1), a.T - start_of(groups - 1));
+    const int t = start_of(groups - 1);
+    if (groups > 0) store_results<Columns::BLOCK>(a, head, results, begin, t, a.T - t);
   }
   if (a.final) own.store(S, a.final + head.index * area, a.K, a.V, column, a.even);
 }
 
 // ---- entries -------------------------------------------------------------------------------------------------------
 
-template <int KB, int COLUMNS, bool SEVEN, bool REVERSE, class Storage>
+template <int KB, int COLUMNS, bool CORRECTED, bool REVERSE, class Storage>
 void run_sequence(Sequence<Storage> a, int64_t stream) {
-  constexpr int KINDS = COUNT<SEVEN> - REVERSE, BLOCK = Tile<KB, COLUMNS>::BLOCK;
+  constexpr int KINDS = COUNT<CORRECTED> - REVERSE, BLOCK = Tile<KB, COLUMNS>::BLOCK;
   a.blocks = (a.V + BLOCK - 1) / BLOCK;
   const int64_t blocks = a.heads * a.blocks;
   STD_TORCH_CHECK(blocks <= INT32_MAX, "expected at most ", INT32_MAX, " blocks, got ", blocks);
@@ -190,7 +204,7 @@ void run_sequence(Sequence<Storage> a, int64_t stream) {
           .block = THREADS,
           .stream = stream,
           .shared = ready + RING * group + sizeof(Storage) * GROUP * BLOCK},
-         sequence<Storage, KB, COLUMNS, SEVEN, REVERSE>, a);
+         sequence<Storage, KB, COLUMNS, CORRECTED, REVERSE>, a);
 }
 
 // wide: lanes take 4 columns, else 1.
@@ -199,14 +213,14 @@ void linear_recurrence(Tensor r, Tensor w, Tensor k, Tensor v, std::optional<Ten
          bool wide, int64_t stream) {
   const Arguments given(r, w, k, v, u, a, b, std::nullopt);
   const auto [B, T, H, K, V] = std::tuple(given.B, given.T, given.H, given.K, given.V);
-  if (state) check_shape(*state, {B, H, K, V}, ScalarType::Float, "state");
-  check_shape(y, {B, T, H, V}, given.dtype, "y");
-  check_shape(final, {B, H, K, V}, ScalarType::Float, "final");
+  check(state, {B, H, K, V}, ScalarType::Float, "state");
+  check(y, {B, T, H, V}, given.dtype, "y");
+  check(final, {B, H, K, V}, ScalarType::Float, "final");
   const bool training = checkpoints.size(0) > 0;
-  check_shape(checkpoints, {training ? given.chunks() : 0, B, H, K, V}, ScalarType::Float, "checkpoints");
+  check(checkpoints, {training ? given.chunks() : 0, B, H, K, V}, ScalarType::Float, "checkpoints");
   const DeviceGuard guard(r);
   const bool even = given.even(4, {pointer(state), &final, &checkpoints});
-  given.dispatch([&]<class Storage, class Width, class Seven>(Storage, Width, Seven) {
+  given.dispatch([&]<class Storage, class Width, class Corrected>(Storage, Width, Corrected) {
     const Sequence<Storage> call{rows_of<Storage>(r),
                                  rows_of<Storage>(k),
                                  rows_of<Storage>(v),
@@ -225,10 +239,10 @@ void linear_recurrence(Tensor r, Tensor w, Tensor k, Tensor v, std::optional<Ten
                                  int(K),
                                  int(V),
                                  0,
-                                 given.aligned && is_aligned(y, 0),
+                                 given.aligned && is_aligned(y, false),
                                  even};
-    if (wide) run_sequence<Width::value, 4, Seven::value, false>(call, stream);
-    else run_sequence<Width::value, 1, Seven::value, false>(call, stream);
+    if (wide) run_sequence<Width::value, 4, Corrected::value, false>(call, stream);
+    else run_sequence<Width::value, 1, Corrected::value, false>(call, stream);
   });
 }
 
@@ -238,12 +252,12 @@ void linear_recurrence_ends(std::optional<Tensor> grad_y, std::optional<Tensor> 
               std::optional<Tensor> grad_initial, double scale, int64_t stream) {
   const Arguments given(r, w, k, v, u, a, b, grad_y);
   const auto [B, T, H, K, V] = std::tuple(given.B, given.T, given.H, given.K, given.V);
-  if (grad_state) check_shape(*grad_state, {B, H, K, V}, ScalarType::Float, "grad_state");
-  if (grad_initial) check_shape(*grad_initial, {B, H, K, V}, ScalarType::Float, "grad_initial");
-  check_shape(ends, {given.chunks(), B, H, K, V}, ScalarType::Float, "ends");
+  check(grad_state, {B, H, K, V}, ScalarType::Float, "grad_state");
+  check(grad_initial, {B, H, K, V}, ScalarType::Float, "grad_initial");
+  check(ends, {given.chunks(), B, H, K, V}, ScalarType::Float, "ends");
   const DeviceGuard guard(r);
   const bool even = given.even(4, {pointer(grad_state), pointer(grad_initial), &ends});
-  given.dispatch([&]<class Storage, class Width, class Seven>(Storage, Width, Seven) {
+  given.dispatch([&]<class Storage, class Width, class Corrected>(Storage, Width, Corrected) {
     const Sequence<Storage> call{rows_of<Storage>(r),
                                  rows_of<Storage>(r),
                                  rows_of<Storage>(grad_y, v),
@@ -264,7 +278,7 @@ void linear_recurrence_ends(std::optional<Tensor> grad_y, std::optional<Tensor> 
                                  0,
                                  given.aligned,
                                  even};
-    run_sequence<Width::value, 4, Seven::value, true>(call, stream);
+    run_sequence<Width::value, 4, Corrected::value, true>(call, stream);
   });
 }
 

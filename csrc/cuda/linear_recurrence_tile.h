@@ -4,7 +4,7 @@
 // it reads its 8 numbers of each row from shared memory, which all warps of the block have converted together.
 #pragma once
 
-#include "wkv_device.h"
+#include "device.h"
 
 namespace {
 
@@ -221,10 +221,10 @@ __device__ inline void add(float (&S)[ROWS][COLUMNS], const float (&x)[ROWS], co
 
 // Rows of a step in shared memory, and the gradients of rows; RWKV-6 has neither a nor b.
 enum Row { KEY, DECAY, FIRST, SECOND };
-template <bool SEVEN>
-constexpr int READER = SEVEN ? 4 : 2;
-template <bool SEVEN>
-constexpr int COUNT = READER<SEVEN> + 1;
+template <bool CORRECTED>
+constexpr int READER = CORRECTED ? 4 : 2;
+template <bool CORRECTED>
+constexpr int COUNT = READER<CORRECTED> + 1;
 
 // ---- entries -------------------------------------------------------------------------------------------------------
 
@@ -241,12 +241,6 @@ Rows<Element> rows_of(const std::optional<Tensor>& t, const Tensor& instead) {
   return rows;
 }
 
-inline bool is_aligned(const Tensor& t, int64_t dims) {
-  bool aligned = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.size(3) * t.element_size() % 16 == 0;
-  for (int64_t d = 0; d < dims; ++d) aligned = aligned && t.stride(d) * t.element_size() % 16 == 0;
-  return aligned;
-}
-
 struct Arguments {
   const Tensor &r, &w, &k, &v;
   const std::optional<Tensor> &u, &a, &b;
@@ -257,25 +251,24 @@ struct Arguments {
   Arguments(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const std::optional<Tensor>& u,
             const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::optional<Tensor>& grad_y)
       : r(r), w(w), k(k), v(v), u(u), a(a), b(b), B(0), T(0), H(0), K(0), V(0), dtype(r.scalar_type()) {
-    check_device_tensor(r, 4, dtype, "r");
-    check_device_tensor(v, 4, dtype, "v");
+    check(r, {ANY_SIZE, ANY_SIZE, ANY_SIZE, ANY_SIZE}, dtype, "r", Layout::ROWS);
+    check(v, {ANY_SIZE, ANY_SIZE, ANY_SIZE, ANY_SIZE}, dtype, "v", Layout::ROWS);
     B = r.size(0), T = r.size(1), H = r.size(2), K = r.size(3), V = v.size(3);
-    check_shape(r, {B, T, H, K}, dtype, "r", false);
-    check_shape(w, {B, T, H, K}, ScalarType::Float, "w", false);
-    check_shape(k, {B, T, H, K}, dtype, "k", false);
-    check_shape(v, {B, T, H, V}, dtype, "v", false);
+    check(w, {B, T, H, K}, ScalarType::Float, "w", Layout::ROWS);
+    check(k, {B, T, H, K}, dtype, "k", Layout::ROWS);
+    check(v, {B, T, H, V}, dtype, "v", Layout::ROWS);
     STD_TORCH_CHECK(a.has_value() == b.has_value() && a.has_value() != u.has_value(), "expected u, or a and b");
-    if (u) check_shape(*u, {H, K}, ScalarType::Float, "u");
-    if (a) check_shape(*a, {B, T, H, K}, dtype, "a", false), check_shape(*b, {B, T, H, K}, dtype, "b", false);
-    if (grad_y) check_shape(*grad_y, {B, T, H, V}, dtype, "grad_y", false);
+    check(u, {H, K}, ScalarType::Float, "u");
+    check(a, {B, T, H, K}, dtype, "a", Layout::ROWS), check(b, {B, T, H, K}, dtype, "b", Layout::ROWS);
+    check(grad_y, {B, T, H, V}, dtype, "grad_y", Layout::ROWS);
     constexpr int64_t MOST = INT32_MAX - 1024;
     STD_TORCH_CHECK(B <= MOST && T <= MOST && H <= MOST && V <= MOST, "expected sizes of at most ", MOST);
-    STD_TORCH_CHECK(K <= 128, "expected K of at most 128, got ", K);
-    aligned = is_aligned(r, 3) && is_aligned(w, 3) && is_aligned(k, 3) && is_aligned(v, 3) &&
-              (!a || (is_aligned(*a, 3) && is_aligned(*b, 3))) && (!grad_y || is_aligned(*grad_y, 3));
+    STD_TORCH_CHECK(K <= LARGEST_K, "expected K of at most ", LARGEST_K, ", got ", K);
+    aligned = is_aligned(r) && is_aligned(w) && is_aligned(k) && is_aligned(v) &&
+              (!a || (is_aligned(*a) && is_aligned(*b))) && (!grad_y || is_aligned(*grad_y));
   }
 
-  int64_t chunks() const { return (T + SAVED - 1) / SAVED; }
+  int64_t chunks() const { return ceil_div(T, SAVED); }
 
   // Whether matrices [K][V] can be moved that many columns at a time.
   bool even(int columns, std::initializer_list<const Tensor*> matrices) const {
@@ -285,7 +278,7 @@ struct Arguments {
     return even;
   }
 
-  // f(value of Storage, constants KB, SEVEN)
+  // f(value of Storage, constants KB, CORRECTED)
   template <class F>
   void dispatch(const F& f) const {
     for_device_dtype(dtype, [&]<class Storage>(Storage value) {

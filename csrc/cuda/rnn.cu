@@ -691,19 +691,11 @@ bool choose_depth(int64_t H, int64_t cell, const Fill& fill) {
 
 // ---- arguments -------------------------------------------------------------------------------------------------------
 
-void check(const std::optional<Tensor>& t, ScalarType dtype, std::initializer_list<int64_t> sizes, const char* name) {
-  if (!t) return;
-  check_device_tensor(*t, sizes.size(), dtype, name);
-  int64_t dim = 0;
-  for (const int64_t size : sizes) check_size(*t, dim++, size, name);
-  STD_TORCH_CHECK(t->is_contiguous(), name, ": expected a contiguous tensor");
-}
-
 Steps steps_of(const std::optional<Tensor>& lengths, const std::optional<Tensor>& resets,
                const std::optional<Tensor>& offsets, int64_t T, int64_t B, int64_t rows, bool reverse) {
   STD_TORCH_CHECK(T < 1 << 24 && B < 1 << 30, "input: expected fewer steps and sequences");
-  check(lengths, ScalarType::Long, {B}, "lengths"), check(offsets, ScalarType::Long, {T + 1}, "offsets");
-  check(resets, ScalarType::Bool, {T, B}, "resets");
+  check(lengths, {B}, ScalarType::Long, "lengths"), check(offsets, {T + 1}, ScalarType::Long, "offsets");
+  check(resets, {T, B}, ScalarType::Bool, "resets");
   STD_TORCH_CHECK(offsets || rows == T * B, "output: expected ", T * B, " rows, got ", rows);
   return {data<const int64_t>(lengths), data<const int64_t>(offsets), data<const bool>(resets), T, B, reverse};
 }
@@ -711,12 +703,12 @@ Steps steps_of(const std::optional<Tensor>& lengths, const std::optional<Tensor>
 template <class S, bool BACKWARD>
 Plan<S> plan_of(const Tensor& weights, const Tensor& exchange, const Tensor& counters, int64_t B, int64_t H) {
   Plan<S> plan{};
-  plan.columns = int(BACKWARD ? 4 * H : H), plan.stride = ceil_div(plan.columns, 512) * 512;
-  plan.all_groups = int(ceil_div(H, UNITS<S, BACKWARD>)), plan.all_tiles = int(ceil_div(B, 8));
+  plan.columns = int(BACKWARD ? 4 * H : H), plan.stride = ceil_div(plan.columns, WEIGHT_COLUMNS) * WEIGHT_COLUMNS;
+  plan.all_groups = int(ceil_div(H, UNITS<S, BACKWARD>)), plan.all_tiles = int(ceil_div(B, TILE_ROWS));
   const ScalarType dtype = weights.scalar_type();
-  check(weights, dtype, {plan.all_groups, ROWS<S, BACKWARD>, plan.stride}, "weights");
-  check(exchange, dtype, {2, plan.all_tiles * 8, plan.stride}, "exchange");
-  check(counters, ScalarType::Int, {plan.all_tiles, 32}, "counters");
+  check(weights, {plan.all_groups, ROWS<S, BACKWARD>, plan.stride}, dtype, "weights");
+  check(exchange, {2, plan.all_tiles * TILE_ROWS, plan.stride}, dtype, "exchange");
+  check(counters, {plan.all_tiles, 32}, ScalarType::Int, "counters");
   plan.weights = data<const S>(weights), plan.exchange = data<S>(exchange), plan.counters = data<unsigned>(counters);
   return plan;
 }
@@ -747,15 +739,15 @@ void rnn_forward(Tensor pre, Tensor weights, std::optional<Tensor> bias_ih, std:
                  int64_t stream) {
   const ScalarType dtype = weights.scalar_type();
   STD_TORCH_CHECK(cell == LSTM || cell == GRU, "cell: expected 0 or 1, got ", cell);
-  check_device_tensor(h0, 2, dtype, "h0");
-  check_device_tensor(pre, 2, ScalarType::Float, "pre");
-  const int64_t B = h0.size(0), H = h0.size(1), rows = pre.size(0), G = cell == LSTM ? 4 : 3;
-  check(h0, dtype, {B, H}, "h0"), check(pre, ScalarType::Float, {rows, G * H}, "pre");
-  check(output, dtype, {rows, H}, "output"), check(h_n, dtype, {B, H}, "h_n");
-  check(state, ScalarType::Float, {B, H}, "state"), check(gates, ScalarType::Float, {rows, 4 * H}, "gates");
-  check(cells, ScalarType::Float, {rows, H}, "cells");
+  check(h0, {ANY_SIZE, ANY_SIZE}, dtype, "h0");
+  const int64_t B = h0.size(0), H = h0.size(1), G = cell == LSTM ? 4 : 3;
+  check(pre, {ANY_SIZE, G * H}, ScalarType::Float, "pre");
+  const int64_t rows = pre.size(0);
+  check(output, {rows, H}, dtype, "output"), check(h_n, {B, H}, dtype, "h_n");
+  check(state, {B, H}, ScalarType::Float, "state"), check(gates, {rows, 4 * H}, ScalarType::Float, "gates");
+  check(cells, {rows, H}, ScalarType::Float, "cells");
   STD_TORCH_CHECK(bias_ih.has_value() == bias_hh.has_value(), "bias_hh: expected together with bias_ih");
-  check(bias_ih, dtype, {G * H}, "bias_ih"), check(bias_hh, dtype, {G * H}, "bias_hh");
+  check(bias_ih, {G * H}, dtype, "bias_ih"), check(bias_hh, {G * H}, dtype, "bias_hh");
   const DeviceGuard guard(pre);
   const Steps places = steps_of(lengths, resets, offsets, steps, B, rows, reverse);
   for_device_dtype(dtype, [&]<class S>(S) {
@@ -781,14 +773,14 @@ void rnn_backward(std::optional<Tensor> grad_output, Tensor weights, Tensor h0, 
   const bool lstm = cell == LSTM;
   STD_TORCH_CHECK(c0.has_value() == lstm && cells.has_value() == lstm && grad_c.has_value() == lstm,
                   "c0, cells, grad_c: expected for the LSTM and for no other cell");
-  check_device_tensor(h0, 2, dtype, "h0");
-  check_device_tensor(output, 2, dtype, "output");
-  const int64_t B = h0.size(0), H = h0.size(1), rows = output.size(0);
-  check(h0, dtype, {B, H}, "h0"), check(c0, dtype, {B, H}, "c0");
-  check(output, dtype, {rows, H}, "output"), check(grad_output, dtype, {rows, H}, "grad_output");
-  check(gates, ScalarType::Float, {rows, 4 * H}, "gates"), check(cells, ScalarType::Float, {rows, H}, "cells");
-  check(grad_h, ScalarType::Float, {B, H}, "grad_h"), check(grad_c, ScalarType::Float, {B, H}, "grad_c");
-  check(grad_gates, dtype, {rows, 4 * H}, "grad_gates"), check(previous, dtype, {rows, H}, "previous");
+  check(h0, {ANY_SIZE, ANY_SIZE}, dtype, "h0");
+  const int64_t B = h0.size(0), H = h0.size(1);
+  check(output, {ANY_SIZE, H}, dtype, "output");
+  const int64_t rows = output.size(0);
+  check(c0, {B, H}, dtype, "c0"), check(grad_output, {rows, H}, dtype, "grad_output");
+  check(gates, {rows, 4 * H}, ScalarType::Float, "gates"), check(cells, {rows, H}, ScalarType::Float, "cells");
+  check(grad_h, {B, H}, ScalarType::Float, "grad_h"), check(grad_c, {B, H}, ScalarType::Float, "grad_c");
+  check(grad_gates, {rows, 4 * H}, dtype, "grad_gates"), check(previous, {rows, H}, dtype, "previous");
   const DeviceGuard guard(output);
   const Steps places = steps_of(lengths, resets, offsets, steps, B, rows, reverse);
   for_device_dtype(dtype, [&]<class S>(S) {

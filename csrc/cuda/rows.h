@@ -5,8 +5,6 @@
 
 namespace {
 
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class T>
 constexpr int PART_NUMBERS = 16 / sizeof(T);
 

@@ -21,8 +21,8 @@
 
 namespace {
 
-constexpr int WARPS = 4, ROWS = 8, LOT = 32;  // of a block; that a lane has under way; hits
-constexpr int64_t ENOUGH = 1056;              // warps that keep a GPU busy
+constexpr int WARPS = 4, ROWS = 8;  // of a block; that a lane has under way
+constexpr int64_t ENOUGH_WARPS = 1056;  // that keep a GPU busy
 
 template <class T>
 struct Table {
@@ -228,11 +228,6 @@ __global__ void __launch_bounds__(32 * WARPS) join_hits(const Hits<Int> hits, co
 
 // ---- entries --------------------------------------------------------------------------------------------------------
 
-void check_contiguous(const Tensor& t, int64_t rank, ScalarType dtype, const char* name) {
-  check_device_tensor(t, rank, dtype, name);
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-}
-
 template <class T>
 Table<T> table_of(const Tensor& values) {
   return {data<const T>(values), values.stride(0), values.stride(1), values.size(0), values.size(1),
@@ -252,21 +247,16 @@ unsigned blocks_of(int64_t warps) {
 }
 
 void check_table(const Tensor& values, const Tensor& indices) {
-  check_device_tensor(values, 3, values.scalar_type(), "values");
-  STD_TORCH_CHECK(values.size(2) <= 1 || values.stride(2) == 1, "values: expected rows of neighbouring numbers");
-  check_contiguous(indices, 3, ScalarType::Long, "indices");
-  check_size(indices, 1, values.size(0), "indices");
+  check(values, {ANY_SIZE, ANY_SIZE, ANY_SIZE}, values.scalar_type(), "values", Layout::ROWS);
+  check(indices, {ANY_SIZE, values.size(0), ANY_SIZE}, ScalarType::Long, "indices");
 }
 
 // values: [G, M, d], indices, weights: [N, G, k] -> out: [N, G, d]
 void gather_sum_rows(Tensor values, Tensor indices, Tensor weights, Tensor out, int64_t stream) {
   check_table(values, indices);
-  check_contiguous(weights, 3, ScalarType::Float, "weights");
-  check_contiguous(out, 3, values.scalar_type(), "out");
-  const int64_t bags = indices.size(0) * indices.size(1), k = indices.size(2), d = values.size(2);
-  for (int dim = 0; dim < 3; ++dim) check_size(weights, dim, indices.size(dim), "weights");
-  for (int dim = 0; dim < 2; ++dim) check_size(out, dim, indices.size(dim), "out");
-  check_size(out, 2, d, "out");
+  const int64_t N = indices.size(0), G = indices.size(1), bags = N * G, k = indices.size(2), d = values.size(2);
+  check(weights, {N, G, k}, ScalarType::Float, "weights");
+  check(out, {N, G, d}, values.scalar_type(), "out");
   if (bags * d == 0) return;
   DeviceGuard guard(values);
   for_device_dtype(values.scalar_type(), [&]<class T>(T) {
@@ -274,7 +264,7 @@ void gather_sum_rows(Tensor values, Tensor indices, Tensor weights, Tensor out, 
     int lanes = 1;
     while (lanes < 32 && lanes * PART_NUMBERS<T> < d) lanes *= 2;
     const int64_t tasks = bags * ceil_div(d, lanes * PART_NUMBERS<T>);
-    const int share = tasks < ENOUGH && k > 32 ? WARPS : 1;
+    const int share = tasks < ENOUGH_WARPS && k > 32 ? WARPS : 1;
     T* y = data<T>(out);
     const bool aligned = is_aligned<T>(d | table.table_stride | table.row_stride, {table.values, y});
     launch({.grid = blocks_of(tasks * share), .block = 32 * WARPS, .stream = stream},
@@ -286,12 +276,9 @@ void gather_sum_rows(Tensor values, Tensor indices, Tensor weights, Tensor out, 
 // grad: [N, G, d], values: [G, M, d], indices: [N, G, k] -> grad_weights: [N, G, k]
 void gather_dot_rows(Tensor grad, Tensor values, Tensor indices, Tensor grad_weights, int64_t stream) {
   check_table(values, indices);
-  check_contiguous(grad, 3, values.scalar_type(), "grad");
-  check_contiguous(grad_weights, 3, ScalarType::Float, "grad_weights");
-  const int64_t bags = indices.size(0) * indices.size(1), k = indices.size(2), d = values.size(2);
-  for (int dim = 0; dim < 3; ++dim) check_size(grad_weights, dim, indices.size(dim), "grad_weights");
-  for (int dim = 0; dim < 2; ++dim) check_size(grad, dim, indices.size(dim), "grad");
-  check_size(grad, 2, d, "grad");
+  const int64_t N = indices.size(0), G = indices.size(1), bags = N * G, k = indices.size(2), d = values.size(2);
+  check(grad, {N, G, d}, values.scalar_type(), "grad");
+  check(grad_weights, {N, G, k}, ScalarType::Float, "grad_weights");
   DeviceGuard guard(values);
   for_device_dtype(values.scalar_type(), [&]<class T>(T) {
     const Table<T> table = table_of<T>(values);
@@ -307,21 +294,15 @@ void gather_dot_rows(Tensor grad, Tensor values, Tensor indices, Tensor grad_wei
 // left out), and their positions in weights, in int32 or int64 -> the used rows of out: [M, d]. cut: [lots, 2, d],
 // memory to work in.
 void gather_sum_hits(Tensor grad, Tensor weights, Tensor rows, Tensor order, Tensor cut, Tensor out, int64_t stream) {
-  check_contiguous(grad, 2, grad.scalar_type(), "grad");
-  check_contiguous(weights, 2, ScalarType::Float, "weights");
-  check_contiguous(out, 2, grad.scalar_type(), "out");
   const ScalarType integer = rows.scalar_type();
   STD_TORCH_CHECK(integer == ScalarType::Int || integer == ScalarType::Long, "rows: expected int32 or int64");
-  check_contiguous(rows, 1, integer, "rows");
-  check_contiguous(order, 1, integer, "order");
-  check_contiguous(cut, 3, ScalarType::Float, "cut");
+  check(grad, {ANY_SIZE, ANY_SIZE}, grad.scalar_type(), "grad");
+  check(weights, {grad.size(0), ANY_SIZE}, ScalarType::Float, "weights");
+  check(rows, {ANY_SIZE}, integer, "rows");
   const int64_t count = rows.size(0), d = grad.size(1), k = weights.size(1), lots = ceil_div(count, LOT);
-  check_size(weights, 0, grad.size(0), "weights");
-  check_size(order, 0, count, "order");
-  check_size(out, 1, d, "out");
-  check_size(cut, 0, lots, "cut");
-  check_size(cut, 1, 2, "cut");
-  check_size(cut, 2, d, "cut");
+  check(order, {count}, integer, "order");
+  check(out, {ANY_SIZE, d}, grad.scalar_type(), "out");
+  check(cut, {lots, 2, d}, ScalarType::Float, "cut");
   if (count * d == 0) return;
   DeviceGuard guard(grad);
   for_device_dtype(grad.scalar_type(), [&]<class T>(T) {

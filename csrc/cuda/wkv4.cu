@@ -21,7 +21,7 @@
 // reciprocal three special-function operations a step, four backward.
 #include <limits>
 
-#include "wkv_device.h"
+#include "device.h"
 
 namespace {
 
@@ -501,34 +501,26 @@ __global__ void __launch_bounds__(LANES * PARTS) total(const float* sums, float*
 template <class Storage>
 Strided<Storage> strided(const Tensor& t) { return {data<const Storage>(t), t.stride(0), t.stride(1)}; }
 
-// Whether rows can be moved 16 bytes at a time.
-bool is_aligned(const Tensor& t) {
-  const int64_t size = t.element_size();
-  return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.size(2) * size % 16 == 0 &&
-         t.stride(0) * size % 16 == 0 && t.stride(1) * size % 16 == 0;
-}
-
 struct Sizes {
   int64_t B, T, C, steps, segments;
 
   Sizes(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const std::optional<Tensor>& state,
         int64_t steps)
       : B(0), T(0), C(0), steps(steps), segments(1) {
-    check_device_tensor(k, 3, k.scalar_type(), "k");
+    check(k, {ANY_SIZE, ANY_SIZE, ANY_SIZE}, k.scalar_type(), "k", Layout::ROWS);
     B = k.size(0), T = k.size(1), C = k.size(2);
-    check_shape(k, {B, T, C}, k.scalar_type(), "k", false);
-    check_shape(v, {B, T, C}, k.scalar_type(), "v", false);
-    check_shape(w, {C}, ScalarType::Float, "w");
-    check_shape(u, {C}, ScalarType::Float, "u");
-    if (state) check_shape(*state, {B, 3, C}, ScalarType::Float, "state");
+    check(v, {B, T, C}, k.scalar_type(), "v", Layout::ROWS);
+    check(w, {C}, ScalarType::Float, "w");
+    check(u, {C}, ScalarType::Float, "u");
+    check(state, {B, 3, C}, ScalarType::Float, "state");
     constexpr int64_t MOST = INT32_MAX - 1024;
     STD_TORCH_CHECK(B <= MOST && T <= MOST && steps <= MOST, "expected at most ", MOST, " sequences and steps");
     STD_TORCH_CHECK(steps > 0 && steps % SAVED == 0, "steps: expected a multiple of ", SAVED, ", got ", steps);
-    segments = std::max<int64_t>((T + steps - 1) / steps, 1);
+    segments = std::max<int64_t>(ceil_div(T, steps), 1);
   }
 
-  int64_t chunks() const { return (T + SAVED - 1) / SAVED; }
-  int blocks(int channels) const { return int((C + channels - 1) / channels); }
+  int64_t chunks() const { return ceil_div(T, SAVED); }
+  int blocks(int channels) const { return int(ceil_div(C, channels)); }
 
   // Warps for that many segments.
   unsigned grid(int channels, int64_t segments) const {
@@ -556,11 +548,11 @@ void wkv4(Tensor w, Tensor u, Tensor k, Tensor v, std::optional<Tensor> state, T
           Tensor checkpoints, Tensor found, int64_t steps, bool wide, int64_t stream) {
   const Sizes sizes(w, u, k, v, state, steps);
   const auto [B, T, C, _, segments] = sizes;
-  check_shape(y, {B, T, C}, k.scalar_type(), "y");
-  check_shape(final, {B, 3, C}, ScalarType::Float, "final");
+  check(y, {B, T, C}, k.scalar_type(), "y");
+  check(final, {B, 3, C}, ScalarType::Float, "final");
   const bool training = checkpoints.size(0) > 0;
-  check_shape(checkpoints, {training ? sizes.chunks() : 0, B, 3, C}, ScalarType::Float, "checkpoints");
-  check_shape(found, {segments - 1, B, 3, C}, ScalarType::Float, "found");
+  check(checkpoints, {training ? sizes.chunks() : 0, B, 3, C}, ScalarType::Float, "checkpoints");
+  check(found, {segments - 1, B, 3, C}, ScalarType::Float, "found");
   if (B * C == 0) return;
   const DeviceGuard guard(k);
   const bool aligned = is_aligned(k) && is_aligned(v) && is_aligned(y);
@@ -604,17 +596,17 @@ void wkv4_backward(std::optional<Tensor> grad_y, std::optional<Tensor> grad_stat
                    int64_t steps, int64_t stream) {
   const Sizes sizes(w, u, k, v, state, steps);
   const auto [B, T, C, _, segments] = sizes;
-  if (grad_y) check_shape(*grad_y, {B, T, C}, k.scalar_type(), "grad_y", false);
-  if (grad_state) check_shape(*grad_state, {B, 3, C}, ScalarType::Float, "grad_state");
-  check_shape(checkpoints, {sizes.chunks(), B, 3, C}, ScalarType::Float, "checkpoints");
-  check_shape(grad_w, {C}, ScalarType::Float, "grad_w");
-  check_shape(grad_u, {C}, ScalarType::Float, "grad_u");
-  check_shape(grad_k, {B, T, C}, k.scalar_type(), "grad_k");
-  check_shape(grad_v, {B, T, C}, k.scalar_type(), "grad_v");
+  check(grad_y, {B, T, C}, k.scalar_type(), "grad_y", Layout::ROWS);
+  check(grad_state, {B, 3, C}, ScalarType::Float, "grad_state");
+  check(checkpoints, {sizes.chunks(), B, 3, C}, ScalarType::Float, "checkpoints");
+  check(grad_w, {C}, ScalarType::Float, "grad_w");
+  check(grad_u, {C}, ScalarType::Float, "grad_u");
+  check(grad_k, {B, T, C}, k.scalar_type(), "grad_k");
+  check(grad_v, {B, T, C}, k.scalar_type(), "grad_v");
   STD_TORCH_CHECK(state.has_value() == grad_initial.has_value(), "grad_initial: expected where there is a state");
-  if (grad_initial) check_shape(*grad_initial, {B, 3, C}, ScalarType::Float, "grad_initial");
-  check_shape(local, {segments - 1, B, 4, C}, ScalarType::Float, "local");
-  check_shape(sums, {segments, B, 2, C}, ScalarType::Float, "sums");
+  check(grad_initial, {B, 3, C}, ScalarType::Float, "grad_initial");
+  check(local, {segments - 1, B, 4, C}, ScalarType::Float, "local");
+  check(sums, {segments, B, 2, C}, ScalarType::Float, "sums");
   if (C == 0) return;
   const DeviceGuard guard(k);
   const bool aligned = is_aligned(k) && is_aligned(v) && (!grad_y || is_aligned(*grad_y)) && is_aligned(grad_k) &&

@@ -41,7 +41,7 @@ def triton(query, key, value, bias, alibi_slopes, cu_seqlens_q, block_table, see
 
 
 def triton_backward(query, key, value, lse, bias, alibi_slopes, needs_bias, needs_slopes, backend, **others):
-    from ..kernels import attention as kernels
+    from ..kernels import attention_backward as kernels
 
     grads = gradients(query, key, value, lse, bias, alibi_slopes, needs_bias, needs_slopes)
     grad_query, grad_key, grad_value, grad_bias, grad_slopes = grads

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..core import native
+from ..core.backends import INTERPRET
 from ..core.dtypes import FLOATS
 from ..core.layout import dense, rows
 
@@ -42,7 +43,8 @@ def triton_backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints,
 
     tensors = [*dense(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints)]
     grads = gradients(*tensors[2:10])
-    kernels.backward(*tensors, scale, *grads)
+    # The interpreter has no bf16 tensors: fp16 ones meet the rounding there that bf16 ones meet on a GPU.
+    kernels.backward(*tensors, scale, *grads, bf16=r.dtype == (torch.float16 if INTERPRET else torch.bfloat16))
     return grads
 
 

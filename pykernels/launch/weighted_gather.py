@@ -11,7 +11,7 @@ from ..core import native
 from ..core.backends import CUDA
 from ..core.layout import dense, rows
 
-HITS = 32  # in a lot of the CUDA kernels
+LOT = 32  # hits that a warp of the CUDA kernels sums
 
 
 def output(values, indices):
@@ -41,7 +41,7 @@ class _Cuda:
 
     @staticmethod
     def sum_rows(grad, weights, rows, order, out):
-        cut = weights.new_empty(-(-rows.numel() // HITS), 2, grad.size(1))
+        cut = weights.new_empty(-(-rows.numel() // LOT), 2, grad.size(1))
         native.cuda("gather_sum_hits", grad, weights, rows, order, cut, out)
 
 

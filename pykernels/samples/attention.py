@@ -231,18 +231,20 @@ _attention_workloads = [
     _job("B1 H8 N16 D64", _dense(1, 8, 16, 16, 64), quick=True),
     _job("B1 H8 N512 D64 causal", _dense(1, 8, 512, 512, 64, causal=True), quick=True),
     _job("B1 H8 N2048 D64 causal", _dense(1, 8, 2048, 2048, 64, causal=True), quick=True),
-    _job("B1 H8 N1024 D64 causal", _dense(1, 8, 1024, 1024, 64, causal=True), quick=True),
+    _job("B1 H8 N1024 D64 causal", _dense(1, 8, 1024, 1024, 64, causal=True), quick=True, representative=True),
     _job("B1 H8 N4096 D64 causal", _dense(1, 8, 4096, 4096, 64, causal=True)),
     _job("B1 H8 N2048 D64", _dense(1, 8, 2048, 2048, 64), quick=True),
     _job("B8 H8 N256 D64", _dense(8, 8, 256, 256, 64), quick=True),
-    _job("B1 H8 N1024 D128 causal", _dense(1, 8, 1024, 1024, 128, causal=True), quick=True),
+    _job("B1 H8 N1024 D128 causal", _dense(1, 8, 1024, 1024, 128, causal=True), quick=True, representative=True),
     _job("B1 H4 N1024 D256", _dense(1, 4, 1024, 1024, 256)),
     _job("B2 H16 Hk4 N512 D64 causal", _dense(2, 16, 512, 512, 64, Hk=4, causal=True)),
     _job("B4 H12 N197 D80 heads inside", _dense(4, 12, 197, 197, 80, layout="bnhd"), quick=True),
     _job("B2 H8 N1024 D64 bias", _dense(2, 8, 1024, 1024, 64, bias=("float", (8, 1024, 1024)))),
-    _job("B1 H8 N1024 D64 causal", _dense(1, 8, 1024, 1024, 64, causal=True), train=True, quick=True),
+    _job(
+        "B1 H8 N1024 D64 causal", _dense(1, 8, 1024, 1024, 64, causal=True), train=True, quick=True, representative=True
+    ),
     _job("B4 H8 N256 D64", _dense(4, 8, 256, 256, 64), train=True),
-    _job("B1 H8 N1024 D128 causal", _dense(1, 8, 1024, 1024, 128, causal=True), train=True),
+    _job("B1 H8 N1024 D128 causal", _dense(1, 8, 1024, 1024, 128, causal=True), train=True, representative=True),
 ]
 
 
@@ -320,7 +322,13 @@ _decode_samples = [
 ]
 _decode_workloads = [
     _job("B1 H32 Hk8 S4096 D128", _cached(1, 32, 1, 4096, 128, (4096,), Hk=8), _decode_flops, quick=True),
-    _job("B8 H32 Hk8 S2048 D128", _cached(8, 32, 1, 2048, 128, (2048,), Hk=8), _decode_flops, quick=True),
+    _job(
+        "B8 H32 Hk8 S2048 D128",
+        _cached(8, 32, 1, 2048, 128, (2048,), Hk=8),
+        _decode_flops,
+        quick=True,
+        representative=True,
+    ),
     _job("B4 H16 S1024 D64", _cached(4, 16, 1, 1024, 64, (1024,)), _decode_flops),
     _job("B8 H32 Hk8 S2048 D128 pages of 16", _cached(8, 32, 1, 2048, 128, (2048,), Hk=8, page=16), _decode_flops),
 ]

@@ -62,6 +62,7 @@ def _workloads(dv=None):
                 bytes=_traffic,
                 train=train,
                 train_flops=1.0,  # backward touches the k selected rows alone
+                representative=dv is None and N == 1024,
                 quick=True,
             )
 

@@ -138,7 +138,8 @@ _sizes = [(1, 256, 128), (1, 256, 256), (1, 128, 1024), (4, 128, 512), (16, 128,
 def _workloads(op, sizes):
     for train in (False, True):
         for B, T, H in sizes:
-            yield _job(f"B{B} T{T} H{H}", op(T, B, H, H), train=train, quick=True)
+            representative = (B, T, H) in (_sizes[1], _sizes[-1])
+            yield _job(f"B{B} T{T} H{H}", op(T, B, H, H), train=train, quick=True, representative=representative)
     for train in (False, True):
         label, make = f"32 packed of {min(_ragged)}–{max(_ragged)} H256", op(max(_ragged), 32, 256, 256, packed=_ragged)
         yield _job(label, make, train=train, quick=True)

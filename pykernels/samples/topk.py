@@ -105,6 +105,7 @@ def _workloads(dv=None):
                 bytes=_traffic,
                 train=train,
                 train_flops=1.0,  # backward touches the k selected rows alone
+                representative=dv is None and n == 256,
                 quick=M < 100_000,
             )
 

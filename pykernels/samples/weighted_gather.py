@@ -44,6 +44,7 @@ def _workloads():
                 bytes=_traffic,
                 train=train,
                 quick=dv == 256,
+                representative=dv == 1024 and not sparse,
             )
 
 

@@ -75,6 +75,7 @@ def _workloads(inputs):
                     bytes=_traffic,
                     train=train,
                     quick=B == 1,
+                    representative=B == 4,
                 )
 
 

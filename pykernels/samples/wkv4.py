@@ -58,6 +58,7 @@ def _workloads():
                 bytes=_traffic,
                 train=train,
                 quick=T <= 1024,
+                representative=(T, C) == (1024, 768),
             )
 
 

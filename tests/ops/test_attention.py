@@ -32,7 +32,7 @@ if INTERPRET:
     @triton.jit
     def exp2_by_fma(x_ptr, y_ptr, N: tl.constexpr):
         i = tl.arange(0, N)
-        tl.store(y_ptr + i, attention_tiles._exp2_by_fma(tl.load(x_ptr + i)))
+        tl.store(y_ptr + i, attention_tiles.exp2_by_fma(tl.load(x_ptr + i)))
 
 
 def draw(*shape, dtype=torch.float64):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from pykernels.core.backends import CUDA, TRITON, constant, unavailable
 from pykernels.tools.machine import machine
 
 ROOT = pathlib.Path(pk.__file__).parents[1]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 from_checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the package is not in its checkout")
 
 # ------------------------------------------------------------------------------------------------ the import
@@ -98,6 +100,7 @@ def wheel_of(build):
     with zipfile.ZipFile(wheel) as opened:
         libraries = {name.split(".")[0] for name in opened.namelist() if name.endswith(".so")}
         left_out = json.loads(opened.read("pykernels/left_out.json"))
+        assert "pykernels/py.typed" in opened.namelist()
     return wheel, libraries, left_out
 
 
@@ -111,6 +114,11 @@ def test_a_build_shows_its_progress_and_compiles_what_changed(build):
     assert {"pykernels/_C", "pykernels/_C_baseline", "pykernels/_cuda"} <= libraries
     assert len(progress) == len(build.calls.read_text().splitlines()) > 20
     assert {line.split()[0] for line in progress} == {f"[{i + 1}/{len(progress)}]" for i in range(len(progress))}
+    levels = "baseline, avx2, avx512, avx512bf16" if X86 else "baseline"
+    assert [line.split(" (")[0] for line in lines if line.startswith("pykernels: builds the ")] == [
+        f"pykernels: builds the CPU kernels for {levels}",
+        "pykernels: builds the CUDA kernels for sm_80, sm_90a, compute_90",
+    ]
     for ending in ("topk.cu for sm_80, sm_90a, compute_90", "topk.cpp for baseline", "module.cpp"):
         assert [line.endswith(ending) for line in progress].count(True) == 1
 
@@ -121,6 +129,61 @@ def test_a_build_shows_its_progress_and_compiles_what_changed(build):
     (build.tree / "torch/version.py").write_text("__version__ = '2.11.0+cpu'")
     build("build_ext")
     assert len(build.calls.read_text().splitlines()) == 2 * len(progress) + 1
+
+
+@from_checkout
+def test_a_build_compiles_through_ccache_where_it_is(build):
+    launcher = build.tree.parent / "bin/ccache"
+    launcher.write_text('#!/bin/sh\necho "$1" >> "$CALLS.ccache"\nexec "$@"\n')
+    launcher.chmod(0o755)
+    tools = str(launcher.parent)
+    assert build("build_ext", PATH=f"{tools}:/usr/bin:/bin")[0] == 0
+    through = (build.calls.parent / "calls.ccache").read_text().splitlines()
+    assert {*through} == {f"{tools}/c++", f"{tools}/nvcc"}
+    assert len(through) == len(build.calls.read_text().splitlines())
+
+    (build.tree / "torch/version.py").write_text("__version__ = '2.11.0+cpu'")
+    assert (
+        build("build_ext", PATH=f"{tools}:/usr/bin:/bin", CXX=f"{launcher} {tools}/c++", PYKERNELS_NO_CUDA="1")[0] == 0
+    )
+    again = (build.calls.parent / "calls.ccache").read_text().splitlines()[len(through) :]
+    assert {*again} == {f"{tools}/c++"}  # and not ccache by ccache
+
+
+def setup_of_checkout():
+    spec = importlib.util.spec_from_file_location("pykernels_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@from_checkout
+@pytest.mark.skipif(not X86, reason="the level is of x86-64")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ shows what a source is to the compiler")
+def test_a_source_whose_object_two_levels_share_is_the_same_at_both(monkeypatch):
+    """But for the vocabulary that defines the dot product, and that the lower level compiles without."""
+    monkeypatch.chdir(ROOT)
+    setup = setup_of_checkout()
+    common = ["g++", "-E", "-std=c++20", f"-D{'='.join(setup.STABLE_ABI)}", f"-I{setup.find_torch() / 'include'}"]
+    vocabulary = f'"{setup.VOCABULARY}"'
+
+    def ours(source, level):
+        """The lines of csrc in what the compiler reads, without the vocabulary's."""
+        run = subprocess.run([*common, *setup.LEVELS[level], source], capture_output=True, text=True, check=True)
+        place, lines = "", []
+        for line in run.stdout.splitlines():
+            if line.startswith("# "):
+                place = os.path.normpath(line.split()[2].strip('"'))
+            elif place.startswith("csrc") and f'"{place}"' != vocabulary:
+                lines.append(line)
+        return lines
+
+    sources = [str(path) for path in sorted(setup.CSRC.glob("cpu/*.cpp")) if path.name != "module.cpp"]
+    shared = [source for source in sources if not setup.uses_dot_product(source)]
+    assert 0 < len(shared) < len(sources)
+    for source in shared:
+        lower, upper = (ours(source, level) for level in (setup.WITHOUT_DOT_PRODUCT, setup.DOT_PRODUCT_LEVEL))
+        assert lower == upper != []
 
 
 @from_checkout
@@ -199,9 +262,7 @@ def test_an_sdist_and_the_metadata_take_neither_torch_nor_compiler(build):
 
 @from_checkout
 def test_a_build_without_torch_says_to_install_it_first(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("pykernels_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
+    setup = setup_of_checkout()
     assert (setup.find_torch() / "include").is_dir()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert (setup.find_torch() / "include").is_dir()  # as in an isolated build of this environment

@@ -9,25 +9,14 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterable
 
+from ...core.declaration import OPS
 from . import cuda
 from .measure import Row
 
-WORKLOADS = {  # op → the ends of the names of the workloads whose kernels are lines
-    "attention": ("N1024 D64 causal", "N1024 D128 causal"),
-    "decode_attention": ("B8 H32 Hk8 S2048 D128",),
-    "lstm": ("B1 T256 H256", "B64 T64 H256"),
-    "gru": ("B1 T256 H256",),
-    "wkv4": ("B1 T1024 C768",),
-    "wkv6": ("B4 T512 H12 K64",),
-    "wkv7": ("B4 T512 H12 K64",),
-    "topk_search": ("M65536 d128 n256 k32",),
-    "product_key_search": ("N1024 H4 n512 d256 k32",),
-    "weighted_gather": ("M65536 dv1024 n256 k32",),
-}
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("bfloat16", "float32", "")  # "": a CUDA kernel of no such type
 GROWTH = 1.05  # more instructions per FLOP or byte than that times the baseline's is a failure
-COLUMNS = ("op", "kernel", "target", "dtype", "configuration")
+COLUMNS = ("op or file", "kernel", "target", "dtype", "configuration")
 FIGURES = {  # column → a row's figure; every one the more the worse
     "registers": lambda row: row.registers,
     "spilled": lambda row: row.spilled,
@@ -49,16 +38,16 @@ def compilers() -> dict[str, str]:
     return {"triton": triton.__version__} | ({} if cuda.unavailable() else {"nvcc": cuda.nvcc_version()})
 
 
-def is_representative(op: str, workload: str) -> bool:
+def is_representative(op: str, label: str) -> bool:
     """Whether the kernels that a workload runs are lines."""
-    return workload.endswith(WORKLOADS.get(op, ()))
+    return any(workload.representative for workload in OPS[op].workloads if workload.label == label)
 
 
 def of_rows(rows: Iterable[Row]) -> Lines:
-    """The lines that rows make: those of WORKLOADS, and CUDA's, in DTYPES, on TARGETS, that have a loop."""
+    """The lines that rows make, of representative workloads and CUDA's kernels, in DTYPES, on TARGETS, with loops."""
     lines: Lines = {}
     for row in rows:
-        counts = row.cuda or any(is_representative(row.op, workload) for workload in row.inputs)
+        counts = row.cuda or any(is_representative(row.op, label) for label in row.inputs)
         if counts and row.in_loop and row.target in TARGETS and row.dtype in DTYPES:
             key = (row.op, row.kernel, row.target, row.dtype or "any", row.configuration)
             figures = [float(f"{figure(row):.4g}") for figure in FIGURES.values()]
