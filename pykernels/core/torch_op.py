@@ -112,7 +112,7 @@ def _autograd(parsed, arguments, results, asks, gradient) -> tuple[Callable, Cal
     is_tensor = {a.name: "Tensor" in str(a.type) for a in parsed.arguments}
     tensors = [(i, name) for i, name in enumerate(arguments) if name in asks and is_tensor[name]]
     numbers = [(i, name) for i, name in enumerate(arguments) if name in asks and not is_tensor[name]]
-    kept = [(i, name) for i, name in enumerate(results) if name in asks]
+    kept = [(i, name) for i, name in enumerate(results) if name in asks and name not in arguments]
     incoming = [(i, f"grad_{name}") for i, name in enumerate(results) if f"grad_{name}" in asks]
     constants = [i for i, name in enumerate(results) if f"grad_{name}" not in asks]
     saved, needs = [name for _, name in (*tensors, *kept)], "needs" in asks
