@@ -1,9 +1,9 @@
 """Key-value recall: a memory layer learns random facts that a feed-forward layer of the same cost cannot hold.
 
-A fact maps a pair of key tokens to a value token, all drawn at random, so that there is nothing to generalise: a model
-has to store every one. Both models are an embedding of the two tokens, one residual layer, and a linear map to the
-values; they differ in that layer alone, a `pk.nn.MemoryLayer` or a feed-forward layer with as many hidden units as make
-its FLOPs per query the same. They see the same batches.
+A fact maps a pair of key tokens to a value token. All tokens are drawn at random, so a model cannot generalise: it has to
+store every fact. Both models are an embedding of the two tokens, one residual layer, and a linear map to the values. The
+residual layer is a `pk.nn.MemoryLayer` in one model, and in the other a feed-forward layer whose hidden units are as many
+as make its FLOPs a query the same. Both models see the same batches.
 
     python examples/key_value_recall.py --plot recall.png
 """
@@ -39,13 +39,13 @@ class Recall(Module):
 
 
 def memory_flops(layer: pk.nn.MemoryLayer) -> int:
-    """Of one query: the projections, the two halves' scores, and the weighted sum of rows."""
+    """FLOPs of one query: the projections, the scores of the two halves, and the weighted sum of rows."""
     projections = sum(linear.weight.numel() for linear in (layer.query, layer.gate, layer.output))
     return 2 * (projections + layer.keys.numel() + layer.heads * layer.k * layer.value_dim)
 
 
 def feed_forward(dim: int, flops: int) -> tuple[Module, int]:
-    """The layer of the nearest width that costs at least so much, and what it costs."""
+    """(the narrowest layer of at least these FLOPs a query, its FLOPs)."""
     hidden = -(-flops // (4 * dim))
     return Sequential(Linear(dim, hidden), SiLU(), Linear(hidden, dim)), 4 * dim * hidden
 
@@ -63,7 +63,7 @@ def accuracy(model: Module, queries: Tensor, answers: Tensor) -> float:
 
 
 def optimizers(model: Module) -> list[torch.optim.Optimizer]:
-    """Adam for all but the memory's table, of which SparseAdam touches only the rows that a batch has read."""
+    """Adam for all parameters but the memory's table; SparseAdam for the table, of which it updates the rows just read."""
     rest, tables = pk.nn.memory_parameter_groups(model, values_lr=RATES["values_lr"])
     chosen = [torch.optim.Adam([rest], lr=RATES["lr"])]
     if tables["params"]:
@@ -152,7 +152,7 @@ def up_to(most: float) -> Callable[[str], int]:
 
 
 def image(path: str) -> str:
-    """A file that can be drawn to: if not, it is better said before the training than after."""
+    """The path of a plot, checked before the training rather than after."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -199,7 +199,9 @@ def main() -> None:
         r = results[name]
         table.add_row(name, f"{r['flops']:,}", f"{r['parameters']:,}", f"{r['accuracy'][-1]:.1%}")
     console.print(table)
-    console.print(f"By guessing: {results['chance']:.1%}. FLOPs are the layer's; all else is the same in both models.")
+    console.print(
+        f"By guessing: {results['chance']:.1%}. FLOPs are those of the layer; the rest of both models is the same."
+    )
     if args.plot:
         plot(results, args.plot)
         console.print(f"Plot: {args.plot}")
