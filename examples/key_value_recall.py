@@ -1,9 +1,9 @@
 """Key-value recall: a memory layer learns random facts that a feed-forward layer of the same cost cannot hold.
 
-A fact maps a pair of key tokens to a value token. All tokens are drawn at random, so a model cannot generalise: it has to
-store every fact. Both models are an embedding of the two tokens, one residual layer, and a linear map to the values. The
-residual layer is a `pk.nn.MemoryLayer` in one model, and in the other a feed-forward layer whose hidden units are as many
-as make its FLOPs a query the same. Both models see the same batches.
+A fact maps a pair of key tokens to a value token. All tokens are drawn at random, so a model cannot generalise: it has
+to store every fact. Both models are an embedding of the two tokens, one residual layer, and a linear map to the values.
+The residual layer is a `pk.nn.MemoryLayer` in one model. In the other it is a feed-forward layer with as many hidden
+units as make its FLOPs a query the same. Both models see the same batches.
 
     python examples/key_value_recall.py --plot recall.png
 """
@@ -63,7 +63,7 @@ def accuracy(model: Module, queries: Tensor, answers: Tensor) -> float:
 
 
 def optimizers(model: Module) -> list[torch.optim.Optimizer]:
-    """Adam for all parameters but the memory's table; SparseAdam for the table, of which it updates the rows just read."""
+    """Adam for all parameters but the memory's table. SparseAdam updates the table's rows that a batch has read."""
     rest, tables = pk.nn.memory_parameter_groups(model, values_lr=RATES["values_lr"])
     chosen = [torch.optim.Adam([rest], lr=RATES["lr"])]
     if tables["params"]:
