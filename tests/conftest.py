@@ -1,11 +1,13 @@
 import ctypes
 import os
+import random
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # pytest -n has more threads than cores: none may spin for another
 
 import pytest
 import torch
 from cuda_host import build, host
+from drawing import left_out
 
 if host.MODE and build.missing() is None:
     host.load()  # the registry looks for its entries when it is imported
@@ -22,6 +24,7 @@ if INTERPRET:
     interpreter._patch_lang = lambda fn: patched.get(fn.__module__) or patched.setdefault(fn.__module__, patch(fn))
     interpreter._LangPatchScope.restore = lambda scope: None
 
+pytest.register_assert_rewrite("kit")  # before a test file imports it
 torch.set_num_threads(2)  # how work is split depends on it, and the samples' sizes reach each way with two
 
 
@@ -46,10 +49,47 @@ def fresh_seed(request):
     print(f"PYTEST_SEED={seed}")
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("drawing")
+    group.addoption("--all", action="store_true", help="run all of the families of which a run takes a share")
+    group.addoption("--draw-seed", type=int, metavar="N", help="draw the shares that the run of this seed drew")
+
+
+def pytest_configure(config):
+    """The seed becomes an option: xdist hands those to its workers, which then draw as their controller does."""
+    config.addinivalue_line("markers", "drawn(share, of=None): of its family, or of an op's part, a run takes a share")
+    if config.option.draw_seed is None:
+        config.option.draw_seed = random.SystemRandom().randrange(2**31)
+
+
+def is_all_wanted(config):
+    """With --all, and where tests are named: by ::, by -k."""
+    return config.option.all or bool(config.option.keyword) or any("::" in argument for argument in config.args)
+
+
+def pytest_report_header(config):
+    seed = config.option.draw_seed
+    return "drawn: all" if is_all_wanted(config) else f"drawn: a share, again by --draw-seed {seed}; all by --all"
+
+
+def family_and_share(item):
+    """A drawn test's: its function and the mark's `of`, an op's name where each op is to keep its share."""
+    marker = item.get_closest_marker("drawn")
+    if marker is None:
+        return None, None
+    return f"{item.nodeid.partition('[')[0]} {marker.kwargs.get('of')}", marker.args[0]
+
+
+def keep(config, items, wanted):
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = filter(wanted, items)
+
+
 def pytest_collection_modifyitems(config, items):
     """Under TRITON_INTERPRET=1 or CUDA_ON_HOST only what is about these runs: the rest needs another process."""
     marker = "triton" if INTERPRET else "cuda_host" if host.MODE else None
     if marker:
-        wanted = [item for item in items if marker in item.keywords]
-        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
-        items[:] = wanted
+        keep(config, items, lambda item: marker in item.keywords)
+    if not is_all_wanted(config):
+        left = left_out([(item.nodeid, *family_and_share(item)) for item in items], config.option.draw_seed)
+        keep(config, items, lambda item: item.nodeid not in left)
