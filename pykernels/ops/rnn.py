@@ -34,9 +34,8 @@ from ..core.torch_op import torch_op, wants_gradient
 from ..launch import rnn as launch
 from ..launch.rnn import GATES, GRU, LSTM, RNN_RELU, RNN_TANH
 
-STRIDED = torch.strided
+STRIDED, _INT64, _BOOL = torch.strided, (torch.int64,), (torch.bool,)
 _OPTIONAL = (None, "bias_ih", "bias_hh", "weight_hr")  # None: c, of cells that have none
-_INT64, _BOOL = (torch.int64,), (torch.bool,)
 _WEIGHT_HH = ("[4·H, P]", "[3·H, H]", "[H, H]", "[H, H]")  # of each cell
 
 
@@ -175,11 +174,6 @@ def _check_sizes(cell, input, layout, h, c, weights) -> None:
         expect_alike(value, name, input, "input")
 
 
-def _check_packing(batch_sizes, lengths, resets) -> None:
-    expect_tensor(batch_sizes, "batch_sizes", "[T]", _INT64)
-    expect(lengths is None and resets is None, "batch_sizes", "no lengths and no resets beside it", batch_sizes)
-
-
 def _first_batch_size(batch_sizes: Tensor) -> int:
     """B, which is data."""
     if batch_sizes.is_meta:
@@ -216,24 +210,17 @@ rnn_backward_op = torch_op(
 )
 
 
-def _gradient(
-    grad_output, grad_h_n, grad_c_n, input, batch_sizes, output, gates, cells, cell, training, needs, **others
-):
+def _gradient(grad_output, grad_h_n, grad_c_n, input, batch_sizes, output, gates, cells, cell, training, needs, **more):
     if not training:
         raise RuntimeError("pykernels::rnn: a gradient was asked of a call with training=False")
     step, primals = input.dim() == 2 and batch_sizes is None, rnn_backward_op.primals
+    given = dict(input=input, batch_sizes=batch_sizes, output=output, gates=gates, cells=cells, cell=cell, **more)
     grads = rnn_backward_op(
         grad_output=grad_output,
         grad_h_n=None if step else grad_h_n,  # tracing makes up gradients of results that are empty
         grad_c_n=grad_c_n if cell == LSTM else None,
-        input=input,
-        batch_sizes=batch_sizes,
-        output=output,
-        gates=gates,
-        cells=cells,
-        cell=cell,
         wanted=sum(1 << i for i, name in enumerate(primals) if name in needs),
-        **others,
+        **given,
     )
     return dict(zip(primals, grads))
 
@@ -481,7 +468,8 @@ def _sequence(run, cell, input, hx, weights, reverse, lengths, resets, batch_siz
     h, c = _split_state(cell, hx)
     input, h, c, *weights = autocast(input, h, c, *weights)
     if packed:
-        _check_packing(batch_sizes, lengths, resets)
+        expect_tensor(batch_sizes, "batch_sizes", "[T]", _INT64)
+        expect(lengths is None and resets is None, "batch_sizes", "no lengths and no resets beside it", batch_sizes)
     if hx is None:
         expect_tensor(input, "input", layout, DTYPES)
         H = _check_weight_hh(cell, weights)
