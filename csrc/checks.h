@@ -81,19 +81,6 @@ inline void check(const std::optional<Tensor>& t, std::initializer_list<Size> si
   if (t) check(*t, sizes, dtype, name, layout);
 }
 
-inline void check_rank(const Tensor& t, int64_t rank, const char* name) {
-  STD_TORCH_CHECK(t.dim() == rank, name, ": expected ", rank, " dimensions, got ", t.dim());
-}
-
-inline void check_size(const Tensor& t, int64_t dim, int64_t size, const char* name) {
-  STD_TORCH_CHECK(t.size(dim) == size, name, ": expected size ", size, " in dimension ", dim, ", got ", t.size(dim));
-}
-
-inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected dtype ", torch::headeronly::toString(dtype), ", got ",
-                  torch::headeronly::toString(t.scalar_type()));
-}
-
 // Calls f with a value of the storage type.
 template <class F>
 void for_dtype(ScalarType storage, const F& f) {

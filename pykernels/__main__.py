@@ -32,11 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return module.main(args)
     except ModuleNotFoundError as error:
-        if error.name not in ("rich", "matplotlib"):
+        if error.name != "matplotlib":
             raise
-        sys.exit(
-            f"pykernels {args.command} needs {error.name}: pip install 'pykernels[bench]' or pip install {error.name}"
-        )
+        sys.exit(f"pykernels {args.command} needs matplotlib: pip install 'pykernels[bench]' or pip install matplotlib")
 
 
 if __name__ == "__main__":

@@ -196,6 +196,8 @@ def test_any_combination_of_options(call):
     results = compare(OPS["attention"], inputs, BACKEND, slack=slack)
     if call["bias"] and shape[3] == 1:  # it shifts whole rows: a gradient of 0, which eager may meet to the last bit
         results = [result for result in results if result.name != "grad bias"]
+    if call["alibi"] and H == 1:  # one number, which eager may meet to the last bit
+        results = [result for result in results if result.name != "grad alibi_slopes"]
     holds(results)
 
 

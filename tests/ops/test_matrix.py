@@ -47,10 +47,19 @@ def is_tested(op, dtype):
     return not (INTERPRET and dtype == "bf16")
 
 
-def over(dtypes=DTYPES, samples=lambda op: op.samples, thin=1):
-    """thin: the interpreter, which takes seconds a sample, has every so manyth of them alone in fp64 and fp16."""
+def over(dtypes=DTYPES, samples=lambda op: op.samples, thin=1, share=None):
+    """thin: the interpreter, which takes seconds a sample, has every so manyth of them alone in fp64 and fp16.
+
+    share: of each op's cases, those that a run draws; conftest.py says how.
+    """
     cases = [
-        pytest.param(op, dtype, sample, id=f"{op.name}-{name}-{sample.label}")
+        pytest.param(
+            op,
+            dtype,
+            sample,
+            id=f"{op.name}-{name}-{sample.label}",
+            marks=[pytest.mark.drawn(share, of=op.name)] if share else [],
+        )
         for op in OPS.values()
         for name, dtype in DTYPES.items()
         if name in dtypes and dtype in op.dtypes and is_tested(op, name)
@@ -146,7 +155,7 @@ def test_gradcheck(op, dtype, sample):
         pytest.skip(str(declined))
 
 
-@over(dtypes=("fp64",), samples=lambda op: small(op)[:: 2 if INTERPRET else 1] if op.differentiable else [])
+@over(dtypes=("fp64",), samples=lambda op: small(op)[:: 2 if INTERPRET else 1] if op.differentiable else [], share=0.5)
 def test_gradgradcheck(op, dtype, sample):
     function, tensors = differentiable(op, sample)
     sizes = [t.shape for t in tensors]
@@ -254,7 +263,7 @@ def test_little_work_wakes_no_thread(least_work):
         variable.value = 0
 
 
-@over(dtypes=("fp32", "bf16"))
+@over(dtypes=("fp32", "bf16"), share=0.5)
 @pytest.mark.skipif(INTERPRET, reason="the fake implementation does not depend on the backend")
 def test_opcheck(op, dtype, sample):
     inputs = sample.make(dtype, "cpu")
@@ -289,7 +298,7 @@ class Recorder(TorchDispatchMode):
         return results
 
 
-@over(dtypes=("fp32", "bf16"))
+@over(dtypes=("fp32", "bf16"), share=0.5)
 @pytest.mark.skipif(INTERPRET, reason="the fake implementation does not depend on the backend")
 def test_fakes_foretell_shapes_strides_and_dtypes(op, dtype, sample):
     """Of the backward op too, which opcheck does not reach."""
@@ -410,7 +419,7 @@ def test_forward_mode_is_refused_or_right(op, sample, name):
     assert any(tangent.count_nonzero() for tangent in tangents)
 
 
-@over(dtypes=("fp32", "bf16"))
+@over(dtypes=("fp32", "bf16"), share=0.5)
 @pytest.mark.skipif(INTERPRET, reason="shapes do not depend on the backend")
 def test_meta_tensors(op, dtype, sample):
     """They give the shapes and dtypes of real ones, and a default device of theirs does not harm real ones."""
@@ -432,7 +441,7 @@ def kept(inputs, change):
     return {name: value if name == "batch_sizes" else pytree.tree_map(change, value) for name, value in inputs.items()}
 
 
-@over(dtypes=("fp64",), samples=lambda op: [s for s in few(op) if size(s) <= 3000])
+@over(dtypes=("fp64",), samples=lambda op: [s for s in few(op) if size(s) <= 3000], share=0.5)
 @pytest.mark.skipif(INTERPRET, reason="vmap calls the op as often as it is called here")
 def test_transforms_of_torch_func(op, dtype, sample):
     """grad, vmap of grad, jacrev and grad of grad, against the reference under the same transforms."""

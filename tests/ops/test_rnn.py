@@ -1,6 +1,8 @@
 """What is peculiar to the recurrent ops: splitting, lengths and resets, the tails, combinations of options, errors."""
 
 import functools
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -481,3 +483,13 @@ def test_a_call_that_kept_nothing_for_backward_refuses_a_gradient():
     output, *_ = torch.ops.pykernels.rnn(*arguments, False, CPU)
     with pytest.raises(RuntimeError, match="training=False"):
         output.sum().backward()
+
+
+@needs_kernels
+def test_products_are_cut_for_any_number_of_threads():
+    """The search for a block's size ends: with sixteen threads it did not."""
+    script = (
+        "import torch, pykernels as pk; torch.set_num_threads(16); x = torch.randn(40, 3, 40, requires_grad=True);"
+        "pk.lstm(x, None, torch.randn(64, 40), torch.randn(64, 16))[0].sum().backward()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
