@@ -489,7 +489,7 @@ def test_a_call_that_kept_nothing_for_backward_refuses_a_gradient():
 def test_products_are_cut_for_any_number_of_threads():
     """The search for a block's size ends: with sixteen threads it did not."""
     script = (
-        "import torch, pykernels as pk; torch.set_num_threads(16); x = torch.randn(40, 3, 40, requires_grad=True);"
-        "pk.lstm(x, None, torch.randn(64, 40), torch.randn(64, 16))[0].sum().backward()"
+        "import torch, pykernels as pk; torch.set_num_threads(16); x = torch.randn(128, 64, 40);"
+        "pk.lstm(x, None, torch.randn(64, 40).requires_grad_(), torch.randn(64, 16))[0].sum().backward()"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
