@@ -33,54 +33,7 @@ struct Sequence {
   bool aligned, even;             // rows 16 bytes at a time, columns of states COLUMNS at a time
 };
 
-// Moves a group's results, [GROUP][BLOCK], to y.
-template <int BLOCK, class Storage>
-__device__ inline void store_results(const Sequence<Storage>& a, const Head& head, const Storage* results, int begin,
-                                     int t, int count) {
-  auto move = [&]<int N>(std::integral_constant<int, N>) {
-#pragma unroll 1
-    for (int i = threadIdx.x * N; i < GROUP * BLOCK; i += THREADS * N) {
-      const int row = i / BLOCK, x = begin + i % BLOCK;
-      if (row < count && x < a.V)
-        *reinterpret_cast<Pack<Storage, N>*>(a.y + ((head.b * int64_t(a.T) + t + row) * a.H + head.h) * a.V + x) =
-            *reinterpret_cast<const Pack<Storage, N>*>(results + i);
-    }
-  };
-  if (a.aligned) move(std::integral_constant<int, 16 / sizeof(Storage)>{});
-  else move(std::integral_constant<int, 1>{});
-}
-
-// Takes S over a step, and adds the lane's part of what is read to y. Reversed, S is G, and the step is
-// G ← diag(d) G + r gᵀ (RWKV-6), G += r gᵀ, G ← diag(d) G + a (bᵀ G) (RWKV-7).
-template <int KB, int COLUMNS, bool CORRECTED, bool REVERSE>
-__device__ inline void take_step(const Tile<KB, COLUMNS>& own, float (&S)[ROWS][COLUMNS], float (&y)[COLUMNS],
-                                 const float* rows, const float (&v)[COLUMNS]) {
-  constexpr int LAST = COUNT<CORRECTED> - REVERSE - 1;
-  float d[ROWS], k[ROWS], x[ROWS];
-  own.read(d, rows + DECAY * KB);
-  own.read(k, rows + KEY * KB);
-  if constexpr (!CORRECTED) {
-    if constexpr (!REVERSE) {
-      own.read(x, rows + LAST * KB);
-      own.add_products(y, x, S);
-    }
-    advance(S, d, k, v);
-  } else {
-    float s[COLUMNS];
-    if constexpr (REVERSE) add(S, k, v);
-    own.read(x, rows + FIRST * KB);
-    own.products(s, x, S);
-    own.read(x, rows + SECOND * KB);
-    if constexpr (REVERSE) advance(S, d, x, s);
-    else {
-      advance(S, d, k, v);
-      add(S, x, s);
-      own.read(x, rows + LAST * KB);
-      own.add_products(y, x, S);
-    }
-  }
-}
-
+// Reversed, the step is G ← diag(d) G + r gᵀ (RWKV-6), G += r gᵀ, G ← diag(d) G + a (bᵀ G) (RWKV-7).
 // audit: sequence: dynamic shared 32 * ((3 + 2 * CORRECTED - REVERSE) * KB + 1) + 8192 * size * COLUMNS // KB +
 //   3 * (32 * KB + 8 * size * ((2 + 2 * CORRECTED - REVERSE) * KB + 1024 * COLUMNS // KB)): rows of a group, y, the ring
 template <class Storage, int KB, int COLUMNS, bool CORRECTED, bool REVERSE>
@@ -148,6 +101,19 @@ __global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 3 : 4) sequence(const S
       }
     }
   };
+  auto store_results = [&](int t, int count) {
+    auto move = [&]<int N>(std::integral_constant<int, N>) {
+#pragma unroll 1
+      for (int i = threadIdx.x * N; i < GROUP * Columns::BLOCK; i += THREADS * N) {
+        const int row = i / Columns::BLOCK, x = begin + i % Columns::BLOCK;
+        if (row < count && x < a.V)
+          *reinterpret_cast<Pack<Storage, N>*>(a.y + ((head.b * int64_t(a.T) + t + row) * a.H + head.h) * a.V + x) =
+              *reinterpret_cast<const Pack<Storage, N>*>(results + i);
+      }
+    };
+    if (a.aligned) move(std::integral_constant<int, 16 / sizeof(Storage)>{});
+    else move(std::integral_constant<int, 1>{});
+  };
 
   float S[ROWS][COLUMNS] = {};
   if (a.initial) own.load(S, a.initial + head.index * area, a.K, a.V, column, a.even);
@@ -156,7 +122,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 3 : 4) sequence(const S
     const int t = start_of(n), count = min(GROUP, a.T - t);
     wait_copies<RING - 2>();
     __syncthreads();  // the group has come; all are done with the one before: with `ready`, its place, and y is whole
-    if (!REVERSE && n > 0) store_results<Columns::BLOCK>(a, head, results, begin, t - GROUP, GROUP);
+    if (!REVERSE && n > 0) store_results(t - GROUP, GROUP);
     prepare(n);
     fetch_group(n + RING - 1);
     if (a.saved && (REVERSE ? (t + GROUP) % SAVED == 0 || t + GROUP >= a.T : t % SAVED == 0))
@@ -169,12 +135,33 @@ __global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 3 : 4) sequence(const S
       const int i = REVERSE ? count - 1 - step : step;
       const float* const rows = ready + i * KINDS * KB;
       const auto packed = *reinterpret_cast<const Pack<Storage, COLUMNS>*>(values + i * Columns::BLOCK);
-      float v[COLUMNS], y[COLUMNS];
+      float v[COLUMNS], d[ROWS], k[ROWS], x[ROWS], y[COLUMNS];
 #pragma unroll
       for (int c = 0; c < COLUMNS; ++c) v[c] = static_cast<float>(packed.of[c]);
+      own.read(d, rows + DECAY * KB);
+      own.read(k, rows + KEY * KB);
 #pragma unroll
       for (int c = 0; c < COLUMNS; ++c) y[c] = !CORRECTED && !REVERSE && own.share == 0 ? present[i] * v[c] : 0;
-      take_step<KB, COLUMNS, CORRECTED, REVERSE>(own, S, y, rows, v);
+      if constexpr (!CORRECTED) {
+        if constexpr (!REVERSE) {
+          own.read(x, rows + LAST * KB);
+          own.add_products(y, x, S);
+        }
+        advance(S, d, k, v);
+      } else {
+        float s[COLUMNS];
+        if constexpr (REVERSE) add(S, k, v);
+        own.read(x, rows + FIRST * KB);
+        own.products(s, x, S);
+        own.read(x, rows + SECOND * KB);
+        if constexpr (REVERSE) advance(S, d, x, s);
+        else {
+          advance(S, d, k, v);
+          add(S, x, s);
+          own.read(x, rows + LAST * KB);
+          own.add_products(y, x, S);
+        }
+      }
       if constexpr (!REVERSE) {
         const float sum = own.share_columns(y);
         Storage* const to = results + i * Columns::BLOCK + own.warp * Columns::WIDTH;
@@ -184,8 +171,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS > 1 ? 3 : 4) sequence(const S
   }
   if constexpr (!REVERSE) {
     __syncthreads();
-    const int t = start_of(groups - 1);
-    if (groups > 0) store_results<Columns::BLOCK>(a, head, results, begin, t, a.T - t);
+    if (groups > 0) store_results(start_of(groups - 1), a.T - start_of(groups - 1));
   }
   if (a.final) own.store(S, a.final + head.index * area, a.K, a.V, column, a.even);
 }

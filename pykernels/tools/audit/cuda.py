@@ -214,7 +214,7 @@ def _rows(cubin: bytes, ptx: str, texts: dict[str, str], file: str, blank: Row) 
     for mangled, name in zip(entries, _demangle(entries)):
         body, needed = entries[mangled], needs[mangled]
         kernel, arguments = _template(name)
-        names = parameters(text, kernel)
+        names = parameters("\n".join(texts.values()), kernel)
         settings = dict(zip(names, arguments)) if len(names) == len(arguments) else dict(enumerate(arguments))
         dtype = next((DTYPES[argument] for argument in _arguments(name) if argument in DTYPES), "")
         row = dataclasses.replace(blank, kernel=kernel, dtype=dtype, settings=settings)
