@@ -56,10 +56,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """The seed becomes an option: xdist hands those to its workers, which then draw as their controller does."""
+    """The seed stands in the environment, which xdist's workers inherit: they draw as their controller does."""
     config.addinivalue_line("markers", "drawn(share, of=None): of its family, or of an op's part, a run takes a share")
-    if config.option.draw_seed is None:
-        config.option.draw_seed = random.SystemRandom().randrange(2**31)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        seed = config.option.draw_seed
+        os.environ["PYTEST_DRAW_SEED"] = str(random.SystemRandom().randrange(2**31) if seed is None else seed)
+    config.option.draw_seed = int(os.environ["PYTEST_DRAW_SEED"])
 
 
 def is_all_wanted(config):
