@@ -304,17 +304,17 @@ struct RecurrenceBackward : RecurrenceArguments<Storage> {
 // ---- the op ---------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_recurrence_backward(
-    std::optional<Tensor> grad_y, std::optional<Tensor> grad_state, Tensor r, Tensor w, Tensor k, Tensor v,
+    std::optional<Tensor> grad_y, std::optional<Tensor> grad_final, Tensor r, Tensor w, Tensor k, Tensor v,
     std::optional<Tensor> u, std::optional<Tensor> a, std::optional<Tensor> b, std::optional<Tensor> state,
     Tensor checkpoints, double scale, int64_t /*backend*/) {
   check_recurrence(r, w, k, v, u, a, b, state);
   const int64_t B = r.size(0), T = r.size(1), H = r.size(2), K = r.size(3), V = v.size(3);
   const ScalarType dtype = r.scalar_type(), exact = accumulator_of(dtype);
   check(grad_y, {B, T, H, V}, dtype, "grad_y", Layout::ANY);
-  check(grad_state, {B, H, K, V}, exact, "grad_state", Layout::ANY);
+  check(grad_final, {B, H, K, V}, exact, "grad_final", Layout::ANY);
   check(checkpoints, {ceil_div(T, SAVED) * B * H * K * V}, exact, "checkpoints", Layout::ANY);
   r = dense_rows(r), w = dense_rows(w), k = dense_rows(k), v = dense_rows(v), a = dense_rows(a), b = dense_rows(b);
-  grad_y = dense_rows(grad_y), u = dense(u), grad_state = dense(grad_state), checkpoints = dense(checkpoints);
+  grad_y = dense_rows(grad_y), u = dense(u), grad_final = dense(grad_final), checkpoints = dense(checkpoints);
 
   const std::vector<int64_t> none{0}, wide{B, T, H, K};
   Tensor grad_r = empty(wide, dtype), grad_w = empty(wide, exact), grad_k = empty(wide, dtype);
@@ -326,7 +326,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
     auto run = [&]<bool CORRECTED>(std::bool_constant<CORRECTED>) {
       RecurrenceBackward<Storage, CORRECTED>{{r, w, k, v, u, a, b, state, scale},
                                              RowView<Storage>(grad_y),
-                                             data<const Acc>(grad_state),
+                                             data<const Acc>(grad_final),
                                              data<const Acc>(checkpoints),
                                              data<Storage>(grad_r),
                                              data<Acc>(grad_w),

@@ -433,25 +433,25 @@ std::tuple<Tensor, Tensor, Tensor> wkv4(Tensor w, Tensor u, Tensor k, Tensor v, 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(std::optional<Tensor> grad_y,
-                                                                 std::optional<Tensor> grad_state, Tensor w, Tensor u,
+                                                                 std::optional<Tensor> grad_final, Tensor w, Tensor u,
                                                                  Tensor k, Tensor v, std::optional<Tensor> state,
                                                                  Tensor checkpoints, int64_t /*backend*/) {
   check_wkv4(w, u, k, v, state);
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   const ScalarType exact = accumulator_of(k.scalar_type());
   check(grad_y, {B, T, C}, k.scalar_type(), "grad_y", Layout::ANY);
-  check(grad_state, {B, 3, C}, exact, "grad_state", Layout::ANY);
+  check(grad_final, {B, 3, C}, exact, "grad_final", Layout::ANY);
   check(checkpoints, {ceil_div(T, SAVED) * B * 3 * C}, exact, "checkpoints", Layout::ANY);
   Tensor grad_w = empty({C}, exact), grad_u = empty({C}, exact);
   Tensor grad_k = empty({B, T, C}, k.scalar_type()), grad_v = empty({B, T, C}, k.scalar_type());
   Tensor grad_initial = empty(state ? std::vector<int64_t>{B, 3, C} : std::vector<int64_t>{0}, exact);
   w = dense(w), u = dense(u), k = dense(k), v = dense(v), state = dense(state), checkpoints = dense(checkpoints);
-  grad_y = dense(grad_y), grad_state = dense(grad_state);
+  grad_y = dense(grad_y), grad_final = dense(grad_final);
   for_dtype(k.scalar_type(), [&]<class Storage>(Storage) {
     using Acc = AccOf<Storage>;
     Wkv4Backward<Storage>{{w, u, k, v, state},
                           data<const Storage>(grad_y),
-                          data<const Acc>(grad_state),
+                          data<const Acc>(grad_final),
                           data<const Acc>(checkpoints),
                           data<Storage>(grad_k),
                           data<Storage>(grad_v),

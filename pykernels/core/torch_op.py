@@ -36,7 +36,8 @@ def torch_op(
 
     gradient: names, beside arguments and results of the op, grad_<result> for each result that has a gradient and, if
     it likes, `needs`, the set of arguments whose gradient is asked for; returns the gradients by argument. What it
-    names is kept for it.
+    names is kept for it. Or it is the op itself that computes the gradient, if that asks for nothing else. Where the op
+    has an argument `training`, a call without it has no gradient.
 
     reference: instead of that, for an op which computes a gradient: the function that it is the gradient of. The op's
     results are grad_<argument>, its arguments grad_<…> belong to the function's results in their order.
@@ -44,6 +45,8 @@ def torch_op(
     parsed = torch._C.parse_schema(f"pykernels::{schema}")
     name = parsed.name.partition("::")[2]
     arguments, results = [a.name for a in parsed.arguments], [r.name for r in parsed.returns]
+    if twice := {*arguments} & {*results}:
+        raise ValueError(f"{name}: expected results and arguments to differ in name, got {', '.join(twice)} twice")
     _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
     torch.library.register_fake(f"pykernels::{name}", by_name(fake, arguments), lib=_library)
     IMPLEMENTATIONS[name] = {key: by_name(launcher, arguments) for key, launcher in (launchers or {}).items()}
@@ -51,6 +54,8 @@ def torch_op(
         _launch(name, IMPLEMENTATIONS[name])
     if reference is not None:
         asks, gradient = _gradient_of_gradient(arguments, results, reference)
+    elif hasattr(gradient, "gradients"):
+        asks, gradient = {*gradient.arguments}, gradient.gradients
     else:
         asks = _asked(gradient, arguments)
     save, backward = _autograd(parsed, arguments, results, asks, gradient)
@@ -68,8 +73,13 @@ def torch_op(
         return transformed.apply(*args) if transforming() else op(*args)
 
     transformed = _transformed(name, call, save, backward)
-    call.op = op
-    call.primals = [name.removeprefix("grad_") for name in results]  # what the results of a gradient are of
+
+    def gradients(**named):
+        """Of an op that computes a gradient, its results by the arguments that they are gradients of."""
+        return dict(zip(call.primals, call(**named)))
+
+    call.op, call.arguments, call.gradients = op, arguments, gradients
+    call.primals = [name.removeprefix("grad_") for name in results]
     return call
 
 
@@ -112,19 +122,23 @@ def _autograd(parsed, arguments, results, asks, gradient) -> tuple[Callable, Cal
     is_tensor = {a.name: "Tensor" in str(a.type) for a in parsed.arguments}
     tensors = [(i, name) for i, name in enumerate(arguments) if name in asks and is_tensor[name]]
     numbers = [(i, name) for i, name in enumerate(arguments) if name in asks and not is_tensor[name]]
-    kept = [(i, name) for i, name in enumerate(results) if name in asks and name not in arguments]
+    kept = [(i, name) for i, name in enumerate(results) if name in asks]
     incoming = [(i, f"grad_{name}") for i, name in enumerate(results) if f"grad_{name}" in asks]
     constants = [i for i, name in enumerate(results) if f"grad_{name}" not in asks]
     saved, needs = [name for _, name in (*tensors, *kept)], "needs" in asks
+    training = arguments.index("training") if "training" in arguments else None
 
     def save(ctx, inputs, output):
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.save_for_backward(*(inputs[i] for i, _ in tensors), *(outputs[i] for i, _ in kept))
         ctx.numbers = {name: inputs[i] for i, name in numbers}
+        ctx.training = training is None or inputs[training]
         ctx.mark_non_differentiable(*(outputs[i] for i in constants))
         ctx.set_materialize_grads(False)
 
     def backward(ctx, *grads):
+        if not ctx.training:
+            raise RuntimeError(f"{parsed.name}: a gradient was asked of a call with training=False")
         wanted = ctx.needs_input_grad
         given = {name: grads[i] for i, name in incoming}
         if all(grad is None for grad in given.values()):

@@ -38,10 +38,10 @@ def triton(r, w, k, v, u, a, b, state, scale, training):
     return y, final, checkpoints
 
 
-def triton_backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, scale):
+def triton_backward(grad_y, grad_final, r, w, k, v, u, a, b, state, checkpoints, scale):
     from ..kernels import linear_recurrence_backward as kernels
 
-    tensors = [*dense(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints)]
+    tensors = [*dense(grad_y, grad_final, r, w, k, v, u, a, b, state, checkpoints)]
     grads = gradients(*tensors[2:10])
     # The interpreter has no bf16 tensors: fp16 ones meet the rounding there that bf16 ones meet on a GPU.
     kernels.backward(*tensors, scale, *grads, bf16=r.dtype == (torch.float16 if INTERPRET else torch.bfloat16))
@@ -87,13 +87,13 @@ def cuda(r, w, k, v, u, a, b, state, scale, training):
     return y, final, checkpoints
 
 
-def cuda_backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, scale):
+def cuda_backward(grad_y, grad_final, r, w, k, v, u, a, b, state, checkpoints, scale):
     (B, T, H, K), V = r.shape, v.size(3)
     grad_r, grad_k, grad_a, grad_b = (None if t is None else r.new_empty(B, T, H, K) for t in (r, k, a, b))
     grad_w, grad_v = w.new_empty(B, T, H, K), v.new_empty(B, T, H, V)
     grad_u = sums = grad_initial = None
     grad_y, r, w, k, v, a, b = rows(grad_y, r, w, k, v, a, b)
-    u, grad_state = dense(u, grad_state)
+    u, grad_final = dense(u, grad_final)
     saved = checkpoints.view(-(-T // SAVED), B, H, K, V)
     if u is not None:
         sums = w.new_empty(saved.size(0), B, H, K)
@@ -103,7 +103,7 @@ def cuda_backward(grad_y, grad_state, r, w, k, v, u, a, b, state, checkpoints, s
     columns = TILE_NUMBERS // (64 if K <= 64 else 128)
     blocks = min(GRADIENT_BLOCKS, saved.size(0) * B * H)
     scratch = w.new_empty(blocks, 3, -(-V // columns), SCRATCH_ROWS, SCRATCH_COLUMNS)
-    native.cuda("linear_recurrence_ends", grad_y, grad_state, r, w, k, v, u, a, b, ends, grad_initial, scale)
+    native.cuda("linear_recurrence_ends", grad_y, grad_final, r, w, k, v, u, a, b, ends, grad_initial, scale)
     grads = (grad_r, grad_w, grad_k, grad_v, sums, grad_a, grad_b)
     native.cuda("linear_recurrence_gradients", grad_y, r, w, k, v, u, a, b, saved, ends, *grads, scratch, scale)
     if sums is not None:

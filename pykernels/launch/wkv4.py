@@ -40,10 +40,10 @@ def triton(w, u, k, v, state, training):
     return y, final, checkpoints
 
 
-def triton_backward(grad_y, grad_state, w, u, k, v, state, checkpoints):
+def triton_backward(grad_y, grad_final, w, u, k, v, state, checkpoints):
     from ..kernels import wkv4 as kernels
 
-    tensors = [*dense(grad_y, grad_state, w, u, k, v, state, checkpoints)]
+    tensors = [*dense(grad_y, grad_final, w, u, k, v, state, checkpoints)]
     grad_w, grad_u, grad_k, grad_v, grad_initial = grads = gradients(*tensors[2:7])
     kernels.backward(*tensors, grad_k, grad_v, None if state is None else grad_initial, grad_w, grad_u)
     return grads
@@ -72,9 +72,9 @@ def cuda(w, u, k, v, state, training):
     return y, final, checkpoints
 
 
-def cuda_backward(grad_y, grad_state, w, u, k, v, state, checkpoints):
+def cuda_backward(grad_y, grad_final, w, u, k, v, state, checkpoints):
     grad_y, k, v = rows(grad_y, k, v)
-    grad_state, w, u, state, checkpoints = dense(grad_state, w, u, state, checkpoints)
+    grad_final, w, u, state, checkpoints = dense(grad_final, w, u, state, checkpoints)
     B, T, C = k.shape
     grad_w, grad_u = torch.empty_like(w), torch.empty_like(u)
     grad_k, grad_v = k.new_empty(B, T, C), k.new_empty(B, T, C)
@@ -84,5 +84,5 @@ def cuda_backward(grad_y, grad_state, w, u, k, v, state, checkpoints):
     segments = max(-(-T // steps), 1)
     local, sums = w.new_empty(segments - 1, B, 4, C), w.new_empty(segments, B, 2, C)
     grads = (grad_w, grad_u, grad_k, grad_v, None if state is None else grad_initial)
-    native.cuda("wkv4_backward", grad_y, grad_state, w, u, k, v, state, saved, *grads, local, sums, steps)
+    native.cuda("wkv4_backward", grad_y, grad_final, w, u, k, v, state, saved, *grads, local, sums, steps)
     return grad_w, grad_u, grad_k, grad_v, grad_initial

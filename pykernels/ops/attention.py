@@ -181,7 +181,7 @@ attention_backward_op = torch_op(
 def _gradient(grad_out, grad_lse, out, lse, block_table, align_lengths, needs, **others):
     if align_lengths or block_table is not None:
         raise NotImplementedError("decode_attention has no gradient; use attention with key_lengths")
-    grads = attention_backward_op(
+    return attention_backward_op.gradients(
         grad_out=torch.zeros_like(out) if grad_out is None else grad_out,
         grad_lse=grad_lse,
         out=out,
@@ -190,7 +190,6 @@ def _gradient(grad_out, grad_lse, out, lse, block_table, align_lengths, needs, *
         needs_slopes="alibi_slopes" in needs,
         **others,
     )
-    return dict(zip(attention_backward_op.primals, grads))
 
 
 attention_op = torch_op(

@@ -60,7 +60,7 @@ def reference(
 
 
 linear_recurrence_backward = torch_op(
-    "linear_recurrence_backward(Tensor? grad_y, Tensor? grad_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor? u, "
+    "linear_recurrence_backward(Tensor? grad_y, Tensor? grad_final, Tensor r, Tensor w, Tensor k, Tensor v, Tensor? u, "
     "Tensor? a, Tensor? b, Tensor? state, Tensor checkpoints, float scale, int backend) "
     "-> (Tensor grad_r, Tensor grad_w, Tensor grad_k, Tensor grad_v, Tensor grad_u, Tensor grad_a, Tensor grad_b, "
     "Tensor grad_state)",
@@ -70,17 +70,10 @@ linear_recurrence_backward = torch_op(
 )
 
 
-def _gradient(grad_y, grad_final, checkpoints, training, **others):
-    if not training:
-        raise RuntimeError("pykernels::linear_recurrence: a gradient was asked of a call with training=False")
-    grads = linear_recurrence_backward(grad_y=grad_y, grad_state=grad_final, checkpoints=checkpoints, **others)
-    return dict(zip(linear_recurrence_backward.primals, grads))
-
-
 linear_recurrence = torch_op(
     "linear_recurrence(Tensor r, Tensor w, Tensor k, Tensor v, Tensor? u, Tensor? a, Tensor? b, Tensor? state, "
     "float scale, bool training, int backend) -> (Tensor y, Tensor final, Tensor checkpoints)",
     fake=launch.outputs,
     launchers={"triton": launch.triton, "cuda": launch.cuda},
-    gradient=_gradient,
+    gradient=linear_recurrence_backward,
 )

@@ -211,18 +211,15 @@ rnn_backward_op = torch_op(
 
 
 def _gradient(grad_output, grad_h_n, grad_c_n, input, batch_sizes, output, gates, cells, cell, training, needs, **more):
-    if not training:
-        raise RuntimeError("pykernels::rnn: a gradient was asked of a call with training=False")
     step, primals = input.dim() == 2 and batch_sizes is None, rnn_backward_op.primals
     given = dict(input=input, batch_sizes=batch_sizes, output=output, gates=gates, cells=cells, cell=cell, **more)
-    grads = rnn_backward_op(
+    return rnn_backward_op.gradients(
         grad_output=grad_output,
         grad_h_n=None if step else grad_h_n,  # tracing makes up gradients of results that are empty
         grad_c_n=grad_c_n if cell == LSTM else None,
         wanted=sum(1 << i for i, name in enumerate(primals) if name in needs),
         **given,
     )
-    return dict(zip(primals, grads))
 
 
 rnn_op = torch_op(

@@ -97,9 +97,15 @@ gather_backward_op = torch_op(
 
 
 def _gradient(grad_y, values, indices, weights, needs, backend):
-    for_values, for_weights = "values" in needs, "weights" in needs
-    grads = gather_backward_op(grad_y, values, indices, weights, for_values, for_weights, backend)
-    return dict(zip(gather_backward_op.primals, grads))
+    return gather_backward_op.gradients(
+        grad_y=grad_y,
+        values=values,
+        indices=indices,
+        weights=weights,
+        for_values="values" in needs,
+        for_weights="weights" in needs,
+        backend=backend,
+    )
 
 
 gather_op = torch_op(

@@ -73,7 +73,7 @@ def weigh(past: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 wkv4_backward_op = torch_op(
-    "wkv4_backward(Tensor? grad_y, Tensor? grad_state, Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, "
+    "wkv4_backward(Tensor? grad_y, Tensor? grad_final, Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, "
     "Tensor checkpoints, int backend) "
     "-> (Tensor grad_w, Tensor grad_u, Tensor grad_k, Tensor grad_v, Tensor grad_state)",
     fake=launch.gradients,
@@ -82,19 +82,12 @@ wkv4_backward_op = torch_op(
 )
 
 
-def _gradient(grad_y, grad_final, checkpoints, training, **others):
-    if not training:
-        raise RuntimeError("pykernels::wkv4: a gradient was asked of a call with training=False")
-    grads = wkv4_backward_op(grad_y=grad_y, grad_state=grad_final, checkpoints=checkpoints, **others)
-    return dict(zip(wkv4_backward_op.primals, grads))
-
-
 wkv4_op = torch_op(
     "wkv4(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, bool training, int backend) "
     "-> (Tensor y, Tensor final, Tensor checkpoints)",
     fake=launch.outputs,
     launchers={"triton": launch.triton, "cuda": launch.cuda},
-    gradient=_gradient,
+    gradient=wkv4_backward_op,
 )
 
 

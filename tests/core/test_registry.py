@@ -18,6 +18,7 @@ from pykernels.core import backends
 from pykernels.core import expect as checks
 from pykernels.core.backends import use_backend
 from pykernels.core.declaration import OPS
+from pykernels.core.torch_op import torch_op
 
 HERE = pathlib.Path(inspect.getfile(pk)).parent
 CHECKED = [*HERE.glob("ops/*.py"), *HERE.glob("nn/*.py")]
@@ -221,3 +222,9 @@ def test_compiled_code_follows_the_choice_of_its_thread():
     targets = [{str(node.target) for node in graph.graph.nodes} for graph in graphs]
     assert "pykernels.attention.default" in targets[0]
     assert "pykernels.attention.default" not in targets[1]
+
+
+def test_a_name_is_an_arguments_or_a_results():
+    """One of both would hide the other from the gradient."""
+    with pytest.raises(ValueError, match="twice: expected results and arguments to differ in name, got x twice"):
+        torch_op("twice(Tensor x, int backend) -> Tensor x", fake=lambda x: x, gradient=lambda grad_x: {})

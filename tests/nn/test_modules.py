@@ -1,6 +1,5 @@
 """Every module: errors, splits in time, copies, parameters, graphs, dtypes, transforms, devices. A module is a line."""
 
-import contextlib
 import copy
 import functools
 import io
@@ -310,7 +309,7 @@ def test_half_precision(module, dtype):
     got, want = tensors(m(*given)), tensors(exact(*_float(given)))
     wide = [torch.float32] if module.wide else []
     assert [t.dtype for t in got] == [dtype] * (len(got) - len(wide)) + wide
-    assert all(off(g, w) < 0.2 for g, w in zip(got, want, strict=True))
+    assert all(off(g, w) < 0.05 for g, w in zip(got, want, strict=True))
     sum(t.float().sum() for t in got).backward()
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in m.parameters())
 
@@ -329,7 +328,7 @@ def test_autocast(module):
         if module.state and module.time is not None:
             m(given[0], result[1])
     got = tensors(result)
-    assert all(off(g, w) < 0.2 for g, w in zip(got, want, strict=True))
+    assert all(off(g, w) < 0.05 for g, w in zip(got, want, strict=True))
     sum(t.float().sum() for t in got).backward()
     assert all(p.grad.dtype == torch.float32 for p in m.parameters())
 
@@ -364,10 +363,20 @@ def test_forward_mode_is_refused_or_right(module):
     function, values = function_of(module)
     given = tuple(torch.randn_like(value) for value in values)
     expected = torch.autograd.functional.jvp(function, values, given)[1]
-    with contextlib.suppress(NotImplementedError):
-        agree(torch.func.jvp(function, tuple(v.detach() for v in values), given)[1], expected)
+
+    def got():
+        try:
+            return torch.func.jvp(function, tuple(v.detach() for v in values), given)[1]
+        except NotImplementedError as error:
+            return str(error)
+
+    refusal = got()
     with pk.use_backend("reference"):
-        agree(torch.func.jvp(function, tuple(v.detach() for v in values), given)[1], expected)
+        agree(got(), expected)
+    if isinstance(refusal, str):
+        assert "forward-mode differentiation is not supported" in refusal
+    else:
+        agree(refusal, expected)
 
 
 @ALL

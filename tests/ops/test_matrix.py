@@ -474,3 +474,41 @@ def test_transforms_of_torch_func(op, dtype, sample):
         results = [pytree.tree_leaves(transform(f)) for f in (ours, theirs)]
         for value, expected in zip(*results, strict=True):
             torch.testing.assert_close(value, expected, atol=1e-9, rtol=1e-7)
+
+
+# What autocast casts: all floats of an op but these, which stay in the dtype of sums or are a whole table.
+KEPT_BY_AUTOCAST = {
+    "attention": ("bias", "alibi_slopes"),
+    "scaled_dot_product_attention": ("attn_mask",),
+    "wkv4": ("w", "u", "state"),
+    "wkv6": ("w", "u", "state"),
+    "wkv7": ("w", "state"),
+}
+
+
+@over(dtypes=("fp32",), samples=lambda op: [] if op.name == "weighted_gather" else few(op))
+@pytest.mark.skipif(INTERPRET, reason="the interpreter has no bf16 arithmetic")
+def test_autocast_is_a_cast_of_the_arguments(op, dtype, sample):
+    """To the bit, in results and gradients; weighted_gather, whose table it leaves, has a test of its own."""
+    inputs = sample.make(dtype, "cpu")
+    kept = {name: inputs[name] for name in KEPT_BY_AUTOCAST.get(op.name, ()) if name in inputs}
+
+    def call(cast):
+        given, leaves = dict(inputs), []
+        for name in [name for name in op.differentiable if name in given]:
+            given[name] = pytree.tree_map(leaf_again, given[name])
+            leaves += [t for t in pytree.tree_leaves(given[name]) if is_float(t)]
+        if cast:
+            half = lambda t: t.bfloat16() if is_float(t) else t
+            given = {name: t if name in kept else pytree.tree_map(half, t) for name, t in given.items()}
+            results = op.function(**given)
+        else:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                results = op.function(**given)
+        asked = [t for t in pytree.tree_leaves(results) if t.requires_grad]
+        seeds = [torch.linspace(-1, 1, t.numel()).view(t.shape).to(t.dtype) for t in asked]
+        grads = torch.autograd.grad(asked, leaves, seeds) if asked else ()
+        return [*pytree.tree_leaves(results), *grads]
+
+    for got, want in zip(call(False), call(True), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
