@@ -129,7 +129,6 @@ __global__ void __launch_bounds__(32 * FEW_WARPS, QUERIES == 1 ? 2 : 1) search_f
 // ---- the tiles -----------------------------------------------------------------------------------------------------
 
 // audit: search_tile where SCORES=false: dynamic shared 81920 + 268 * ROWS: stages, the most queries that stay, queues
-// audit: search_tile where ALIGNED=false: allow narrow load: rows begin anywhere
 // audit: search_tile where ALIGNED=false T=BFloat16 T=Half: allow async copy: no copy takes two bytes
 
 // ---- the lists of all shares ----------------------------------------------------------------------------------------
